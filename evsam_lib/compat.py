@@ -1,0 +1,90 @@
+"""Lets timm import beside a CPU build of torch. Not part of the paper; notebook 00_start_here reports what was found.
+
+The torchvision wheels of most package indexes are built for CUDA. Beside a CPU build of torch their compiled part
+cannot load; torchvision goes on without it and then stops at `operator torchvision::nms does not exist`, and so does
+every package that imports it, timm among them. What is missing at import are two operator declarations. This module
+supplies them, with an implementation of `nms` in torch. `torchvision.ops.nms`, `batched_nms` and all transforms and
+models then work; `torchvision.io` and `ops.deform_conv2d` do not.
+
+Only the models that stand on timm need this: the study's own models, prediction and evaluation use neither package.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["ensure_torchvision"]
+
+# torch unregisters a library's operators when the object is collected, so it must outlive the call.
+_LIBRARIES: list[torch.library.Library] = []
+
+
+def ensure_torchvision() -> bool:
+    """Makes `import torchvision` work where its compiled operators cannot load. Call it before timm is first imported.
+
+    Does nothing where torchvision is absent or already imported, where torch has CUDA or ROCm, and where torchvision
+    was itself built for the CPU. Calling it again is harmless.
+
+    Returns:
+        True if the operators were declared by this call, False if there was nothing to do.
+    """
+    if not _operators_missing():
+        return False
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):  # the two that torchvision describes to torch while it is imported
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.impl("nms", _nms, "CPU")
+    _LIBRARIES.append(library)
+
+    import torchvision
+
+    _open_gate(torchvision)
+    return True
+
+
+def _operators_missing() -> bool:
+    if "torchvision" in sys.modules or torch.version.cuda or torch.version.hip:
+        return False
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return False
+    # Read, not imported: importing is what fails. A wheel built for the CPU brings operators that can be loaded.
+    version_file = Path(spec.origin).with_name("version.py")
+    return version_file.is_file() and "+cu" in version_file.read_text()
+
+
+def _open_gate(torchvision) -> None:
+    """Lets torchvision's Python functions run: each of them first asks whether the compiled operators are there."""
+    gate = torchvision.extension._assert_has_ops
+    for name, module in list(sys.modules.items()):
+        if name.startswith("torchvision.") and getattr(module, "_assert_has_ops", None) is gate:
+            module._assert_has_ops = lambda: None
+
+
+def _nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Greedy non-maximum suppression.
+
+    Args:
+        dets: (N, 4) float, XYXY boxes.
+        scores: (N,) float.
+        iou_threshold: a box is dropped if it overlaps a kept one of higher score by more than this.
+
+    Returns:
+        (M,) int64, indices of the kept boxes, highest score first.
+    """
+    order = scores.sort(descending=True, stable=True).indices
+    boxes = dets[order].float()  # (N, 4); half precision cannot hold the areas
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    dropped = torch.zeros(len(boxes), dtype=torch.bool)
+    kept = []
+    for i in range(len(boxes)):
+        if dropped[i]:
+            continue
+        kept.append(i)
+        corner = torch.minimum(boxes[i, 2:], boxes[i + 1 :, 2:])
+        side = (corner - torch.maximum(boxes[i, :2], boxes[i + 1 :, :2])).clamp_(min=0)  # (rest, 2)
+        shared = side[:, 0] * side[:, 1]
+        dropped[i + 1 :] |= shared / (area[i] + area[i + 1 :] - shared) > iou_threshold
+    return order[torch.tensor(kept, dtype=torch.long)]
