@@ -1,0 +1,106 @@
+"""Reading pictures, JSON and masks from disk, with errors that name the file.
+
+Shared by `sa1b` and `coco`; explained in notebook 03.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+__all__ = ["decode_segmentation", "read_json", "read_rgb"]
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Reads a picture as (H, W, 3) uint8 RGB; grey and CMYK are converted, EXIF rotation is not applied (official).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no readable picture.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"Image {path} does not exist.")
+    try:
+        with Image.open(path) as picture:
+            return np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Image {path} cannot be read, it is corrupt or no picture: {error}.") from error
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """Reads a JSON object that must hold `keys`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not JSON, not an object, or lacks a key.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"Annotation file {path} does not exist.")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # also raised for bytes that are no text
+        raise ValueError(f"Annotation file {path} is not valid JSON: {error}.") from error
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"Annotation file {path} must be a JSON object with {key!r}, which is missing.")
+    return content
+
+
+def decode_segmentation(segmentation: list | dict, height: int, width: int, *, where: str) -> np.ndarray:
+    """Decodes a COCO segmentation.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [H, W], "counts": str or list of int}.
+        height: of the image.
+        width: of the image.
+        where: what the segmentation belongs to, for error messages.
+
+    Returns:
+        (H, W) uint8, 0 or 1.
+
+    Raises:
+        ValueError: if it is malformed or made for another image size.
+    """
+    try:
+        if isinstance(segmentation, list):
+            if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+                raise ValueError("a polygon needs at least three x, y pairs")
+            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        else:
+            size, counts = segmentation["size"], segmentation["counts"]
+            if list(size) != [height, width]:
+                raise ValueError(
+                    f"it is made for {size[0]} x {size[1]} pixels (H x W), the image has {height} x {width}"
+                )
+            if isinstance(counts, list):
+                if sum(counts) != height * width or min(counts) < 0:
+                    raise ValueError(f"its counts sum to {sum(counts)}, not to {height} x {width} pixels")
+                rle = coco_mask.frPyObjects(segmentation, height, width)
+            else:
+                rle = {"size": [height, width], "counts": _checked(counts, height * width)}
+        return coco_mask.decode(rle)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"Segmentation of {where} cannot be decoded: {error}.") from error
+
+
+def _checked(counts: str | bytes, pixels: int) -> bytes:
+    """Compressed counts whose runs fill the image exactly; pycocotools reads past the end of those that do not."""
+    counts = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts:
+        part = byte - 48  # COCO's text form: six bits a character, the lowest five are data, the sixth says "more"
+        if not 0 <= part < 64:
+            raise ValueError(f"character {chr(byte)!r} does not occur in compressed counts")
+        value |= (part & 31) << shift
+        shift += 5
+        if not part & 32:
+            if part & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))  # from the fourth on: difference to two before
+            value = shift = 0
+    if shift or sum(runs) != pixels or min(runs) < 0:
+        raise ValueError(f"its counts sum to {sum(runs)}, the image has {pixels} pixels")
+    return counts
