@@ -1,0 +1,85 @@
+"""The long table every result holds, and how it looks as markdown. See notebook 00_start_here.
+
+One row per number: table, row, column, value, unit, n, spread, profile, status, run_id.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+__all__ = ["COLUMNS", "MINI", "digits", "origin_line", "pipes", "read_table", "result_markdown", "title", "wide"]
+
+COLUMNS = ["table", "row", "column", "value", "unit", "n", "spread", "profile", "status", "run_id"]
+_TITLES = {"sginw": "SGinW (Section 4.4)", "text": "Numbers in the text"}
+MINI = (
+    "**Profile `mini`: small models on generated data. These numbers show that the study runs; none of them is a "
+    "result of the paper, and only counts that follow from an architecture alone (parameters, MACs) are compared "
+    "with it.**"
+)
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    """The long rows of a result's table.csv; empty units stay empty text."""
+    table = pd.read_csv(folder / "table.csv", dtype=dict.fromkeys(("row", "column", "unit", "status"), str))
+    return table.fillna({"unit": ""})
+
+
+def result_markdown(name: str, table: pd.DataFrame, origin: dict[str, Any]) -> str:
+    """The tables of one result as markdown, with a line that says where they came from."""
+    parts = [f"# {name}"]
+    parts += [MINI] if origin["profile"] == "mini" else []
+    parts += [wide(own, rows) for own, rows in table.groupby("table", sort=False)]
+    return "\n\n".join([*parts, origin_line(origin)]) + "\n"
+
+
+def wide(name: str, rows: pd.DataFrame) -> str:
+    """One table, rows down and columns across, with units in the header."""
+    cells: dict[str, dict[str, str]] = {}
+    for cell in rows.to_dict("records"):
+        header = f"{cell['column']} ({cell['unit']})" if cell["unit"] else cell["column"]
+        cells.setdefault(cell["row"], {})[header] = _value(cell)
+    frame = pd.DataFrame.from_dict(cells, orient="index").fillna("")
+    status = sorted({str(status).split(":")[0] for status in rows["status"]})
+    heading = f"**{title(name)}** ({', '.join(status)})"
+    return f"{heading}\n\n{pipes(frame.reset_index(names=''))}"
+
+
+def _value(cell: dict[str, Any]) -> str:
+    if pd.isna(cell["value"]):
+        return "not run" if str(cell["status"]).startswith("not run") else "–"
+    return digits(cell["value"]) + (f" ± {digits(cell['spread'])}" if pd.notna(cell["spread"]) else "")
+
+
+def digits(value: float) -> str:
+    """Four significant digits, whole numbers in full, never an exponent for what a reader can count."""
+    value = float(value)
+    if value.is_integer() or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
+
+
+def origin_line(origin: dict[str, Any]) -> str:
+    """One line of provenance, for under a table."""
+    sha = origin["git"]["sha"]
+    commit = f"commit {sha[:10]}{' with local changes' if origin['git']['dirty'] else ''}" if sha else "no commit"
+    machine = origin["gpu"] or f"{origin['machine']['cpu']}, {origin['threads']} threads"
+    return (
+        f"*Profile {origin['profile']}, run {origin['run_id']}, {origin['seconds']} s, seed {origin['seed']}, "
+        f"{commit}, torch {origin['versions'].get('torch', 'absent')}, {machine}.*"
+    )
+
+
+def title(table: str) -> str:
+    """The heading of a table: "Table 1" for "table1", "Embedding error" for "embedding_error"."""
+    numbered = re.fullmatch(r"(table|figure)(\d+)", table)
+    if numbered:
+        return f"{numbered[1].capitalize()} {numbered[2]}"
+    return _TITLES.get(table) or table.replace("_", " ").capitalize()
+
+
+def pipes(frame: pd.DataFrame) -> str:
+    """A pipe table; a bar inside a cell is escaped."""
+    frame = frame.astype(str).map(lambda text: text.replace("|", "\\|"))
+    return frame.to_markdown(index=False, disable_numparse=True)
