@@ -1,0 +1,29 @@
+"""What all tests share: few threads, no display, no settings of the user's, and skips that name what is missing."""
+
+import os
+import tempfile
+
+# Before anything imports torch or matplotlib; inherited by the processes and kernels that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_jupyter_folders():
+    """Points Jupyter and IPython at a throw-away folder, so that nobody's profile or extensions take part."""
+    with tempfile.TemporaryDirectory(prefix="evsam-jupyter-") as folder, pytest.MonkeyPatch.context() as patch:
+        for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+            patch.setenv(name, os.path.join(folder, name.lower()))  # noqa: PTH118
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu_tests:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,0 +1,204 @@
+"""Generated scenes: the same bytes everywhere, exact masks, objects of all sizes, and their files."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from evsam_lib.data import write
+from evsam_lib.data.coco import CocoImages
+from evsam_lib.data.generate import MIN_PIXELS, Scene, scene, write_coco, write_sa1b
+from evsam_lib.data.sa1b import Sa1bFolder
+
+SIZE = (96, 128)
+
+# Bytes of scene(0, 0..2, size=(96, 128)). A change here means: raise generate.VERSION, and train the mini models again.
+PINNED = [
+    "981c66f67c148056f97e912615e1907f59c067613bb854c9b5909ab5e3955ae1",
+    "d0e110be82776aedcd0b9d3133052304c2a8c6875b58f7cc0033da2ed36340ba",
+    "583200d0d7d76c477d3478be57941da891aadb7bd42b5de37100f3e7a6b963e7",
+]
+
+
+def digest(made: Scene) -> str:
+    found = hashlib.sha256()
+    for array in (made.image, made.masks, made.category_ids.astype("<i8"), made.parents.astype("<i8")):
+        found.update(np.ascontiguousarray(array).tobytes())
+    if made.crowd is not None:
+        found.update(made.crowd.tobytes() + bytes([made.crowd_category_id]))
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [scene(1, index, size=(120, 160)) for index in range(40)]
+
+
+# ---- scenes
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_bytes_are_pinned(index):
+    assert digest(scene(0, index, size=SIZE)) == PINNED[index]
+
+
+def test_order_and_neighbours_do_not_matter():
+    forward = [digest(scene(4, index, size=SIZE)) for index in range(4)]
+    assert [digest(scene(4, index, size=SIZE)) for index in reversed(range(4))] == forward[::-1]
+    assert len(set(forward)) == 4
+    assert digest(scene(5, 0, size=SIZE)) not in forward
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 96), (107, 160), (160, 107), (40, 300)])
+def test_shapes_and_types(size):
+    made = scene(2, 7, size=size)
+    count = len(made.masks)
+    assert count >= 1
+    assert made.image.shape == (*size, 3)
+    assert made.image.dtype == np.uint8
+    assert made.masks.shape == (count, *size)
+    assert made.masks.dtype == bool
+    assert made.category_ids.shape == made.parents.shape == (count,)
+
+
+def test_wholes_are_disjoint_and_parts_lie_inside_theirs(scenes):
+    for made in scenes:
+        assert made.masks[made.parents < 0].sum(axis=0).max() == 1
+        assert made.masks.sum(axis=(1, 2)).min() >= MIN_PIXELS
+        for part, parent in zip(made.masks, made.parents, strict=True):
+            if parent >= 0:
+                assert made.parents[parent] == -1
+                assert not (part & ~made.masks[parent]).any()
+                assert part.sum() < made.masks[parent].sum()
+        if made.crowd is not None:
+            assert not (made.crowd & made.masks.any(axis=0)).any()
+
+
+def test_parts_and_crowds_occur(scenes):
+    assert sum((made.parents >= 0).any() for made in scenes) > len(scenes) / 4
+    assert 0 < sum(made.crowd is not None for made in scenes) < len(scenes) / 2
+    assert len({int(number) for made in scenes for number in made.category_ids}) >= 15
+
+
+def test_sizes_cover_small_medium_and_large():
+    """COCO's bounds at 640 x 480, scaled to the side used here; each class holds at least a tenth."""
+    area = np.concatenate([scene(3, i, size=(240, 320)).masks.sum(axis=(1, 2)) for i in range(12)])
+    shares = np.histogram(area, [0, 16**2, 48**2, np.inf])[0] / len(area)
+    assert shares.min() > 0.1
+    assert 8 <= len(area) / 12 <= 60
+
+
+def test_objects_can_be_seen(scenes):
+    """Across outlines of larger objects colours differ more than inside them (in the mean over scenes)."""
+    across, inside = [], []
+    for made in scenes:
+        step = np.abs(np.diff(made.image.astype(int), axis=1)).sum(axis=2)
+        for mask in made.masks[made.masks.sum(axis=(1, 2)) > 400]:
+            edge = mask[:, 1:] != mask[:, :-1]
+            across.append(step[edge].mean())
+            inside.append(step[mask[:, 1:] & mask[:, :-1]].mean())
+    assert np.mean(across) > 2 * np.mean(inside)
+
+
+def test_images_differ_in_brightness_and_contrast(scenes):
+    assert np.ptp([made.image.mean() for made in scenes]) > 60
+    assert min(made.image.std() for made in scenes) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((-1, 0, SIZE), "0 or more, got -1"), ((0, -2, SIZE), "-2"), ((0, 0, (31, 64)), "at least 32 .* got 31 x 64")],
+)
+def test_bad_arguments_are_named(arguments, message):
+    seed, index, size = arguments
+    with pytest.raises(ValueError, match=message):
+        scene(seed, index, size=size)
+
+
+def test_scenes_need_numpy_only():
+    code = (
+        "import sys; from evsam_lib.data.generate import scene; scene(0, 0, size=(64, 64));"
+        "assert not {'torch', 'PIL', 'pycocotools', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- files
+
+
+def test_sa1b_files_have_the_official_layout(tmp_path):
+    root = write_sa1b(tmp_path / "sa", 2, seed=6, size=SIZE, start=3)
+    assert (root / "sa_images_ids.txt").read_text() == "4\n5\n"
+    record = json.loads((root / "masks/sa_4.json").read_text())
+    assert record["image"] == {"image_id": 4, "width": 128, "height": 96, "file_name": "sa_4.jpg"}
+    made = scene(6, 3, size=SIZE)
+    assert len(record["annotations"]) == len(made.masks)
+    for annotation, mask in zip(record["annotations"], made.masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        corner = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+        assert annotation["bbox"] == corner
+        assert annotation["area"] == mask.sum()
+        x, y = annotation["point_coords"][0]
+        assert mask[int(y), int(x)]
+        assert {"id", "segmentation", "predicted_iou", "stability_score", "crop_box"} <= set(annotation)
+
+
+def test_coco_has_its_eighty_categories_and_varied_shapes(tmp_path):
+    images = CocoImages(*write_coco(tmp_path / "coco", 4, seed=6, size=SIZE))
+    assert len(images.categories) == 80
+    assert (images.categories[1], images.categories[18], images.categories[90]) == ("person", "dog", "toothbrush")
+    shapes = {(image.height, image.width) for image in images}
+    assert len(shapes) >= 3
+    assert {h > w for h, w in shapes} == {True, False}
+
+
+def test_polygons_cover_what_they_outline():
+    """With a hole and a loose piece; pycocotools' rasteriser gives the mask back to the pixel."""
+    from pycocotools import mask as coco_mask
+
+    mask = np.zeros((40, 50), bool)
+    mask[5:30, 5:30] = True
+    mask[10:20, 12:18] = False
+    mask[22:25, 8:11] = False
+    mask[33:38, 40:50] = True
+    polygons = write._polygons(mask)
+    assert len(polygons) == 2
+    rle = coco_mask.merge(coco_mask.frPyObjects(polygons, 40, 50))
+    np.testing.assert_array_equal(coco_mask.decode(rle), mask)
+
+
+def test_finished_folder_is_used_again(tmp_path):
+    root = write_sa1b(tmp_path / "sa", 1, seed=6, size=SIZE)
+    stamp = (root / "images/sa_1.jpg").stat().st_mtime_ns
+    write_sa1b(root, 1, seed=6, size=SIZE)
+    assert (root / "images/sa_1.jpg").stat().st_mtime_ns == stamp
+    before = (root / "images/sa_1.jpg").read_bytes()
+    write_sa1b(root, 1, seed=7, size=SIZE)
+    assert (root / "images/sa_1.jpg").read_bytes() != before
+    mark = json.loads((root / "generated.json").read_text())
+    assert (mark["seed"], mark["count"], mark["layout"]) == (7, 1, "sa1b")
+    assert [path.name for path in tmp_path.iterdir()] == ["sa"]
+
+
+def test_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
+    root = write_sa1b(tmp_path / "sa", 1, seed=6, size=SIZE)
+    monkeypatch.setattr(write, "scene", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_sa1b(root, 2, seed=6, size=SIZE)
+    assert len(Sa1bFolder(root)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["sa"]
+
+
+def test_real_data_are_never_overwritten(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match="not generated"):
+        write_coco(tmp_path, 1, seed=0, size=SIZE)
+    assert (tmp_path / "photo.jpg").read_bytes() == b"precious"
+
+
+def test_empty_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"at least 1 .* got 0"):
+        write_sa1b(tmp_path / "sa", 0, seed=0, size=SIZE)

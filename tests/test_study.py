@@ -1,0 +1,185 @@
+"""What a notebook records: whole or not at all, with its origin."""
+
+import json
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+
+from evsam_lib.study import begin, build_report
+from evsam_lib.study.paths import work_folder
+from evsam_lib.study.tables import read_table
+
+
+@pytest.fixture
+def opened(tmp_path):
+    def open_(name="09_test", **options):
+        return begin(name, results_root=str(tmp_path / "results"), data_root=str(tmp_path), **options)
+
+    return open_
+
+
+def folder(tmp_path, name="09_test", profile="mini"):
+    return tmp_path / "results" / profile / name
+
+
+class TestSave:
+    def test_writes_table_metrics_and_origin(self, opened, tmp_path):
+        study = opened(seed=7, steps=3)
+        study.table("own", {"a": {"x": 1, "y": 2.5}}, unit={"x": "px"}, n=4)
+        study.metric("train_s", 1.5)
+        study.save()
+        table = read_table(folder(tmp_path))
+        assert table[["row", "column", "value", "unit", "status"]].to_numpy().tolist() == [
+            ["a", "x", 1.0, "px", "generated data"],
+            ["a", "y", 2.5, "", "generated data"],
+        ]
+        metrics = json.loads((folder(tmp_path) / "metrics.json").read_text())
+        assert metrics["train_s"] == 1.5
+        origin = json.loads((folder(tmp_path) / "provenance.json").read_text())
+        assert origin["parameters"]["steps"] == 3
+        assert origin["seed"] == 7
+        assert {"git", "versions", "machine", "started", "finished", "inputs", "gpu"} <= origin.keys()
+
+    def test_a_new_run_replaces_the_whole_result(self, opened, tmp_path):
+        first = opened()
+        first.file("old.txt").write_text("old")
+        first.save()
+        second = opened()
+        second.file("new.txt").write_text("new")
+        second.save()
+        assert (folder(tmp_path) / "new.txt").is_file()
+        assert not (folder(tmp_path) / "old.txt").exists()
+
+    def test_a_crash_before_save_leaves_the_last_good_result(self, opened, tmp_path):
+        study = opened()
+        study.table("own", {"a": {"x": 1}})
+        study.save()
+        broken = opened()
+        broken.table("own", {"a": {"x": 2}})
+        broken.file("promised.txt")  # never written
+        with pytest.raises(FileNotFoundError, match=r"promised\.txt"):
+            broken.save()
+        assert read_table(folder(tmp_path)).value.tolist() == [1.0]
+
+    @pytest.mark.parametrize("renames", [0, 1])
+    def test_a_crash_while_publishing_leaves_a_whole_result(self, opened, tmp_path, monkeypatch, renames):
+        study = opened()
+        study.table("own", {"a": {"x": 1}})
+        study.save()
+        monkeypatch.setattr(
+            "evsam_lib.study.record.publish", lambda ready, folder: _crash_after(renames, ready, folder)
+        )
+        study.table("own", {"a": {"x": 2}})
+        with pytest.raises(KeyboardInterrupt):
+            study.save()
+        opened()  # a new start finds what a crash left
+        assert read_table(folder(tmp_path)).value.tolist() == [1.0]
+
+    def test_a_cell_run_twice_counts_once(self, opened, tmp_path):
+        study = opened()
+        study.table("own", {"a": {"x": 1}})
+        study.table("own", {"a": {"x": 2}})
+        study.save()
+        study.save()
+        assert read_table(folder(tmp_path)).value.tolist() == [2.0]
+
+    def test_figure_is_kept(self, opened, tmp_path):
+        study = opened()
+        fig, ax = plt.subplots()
+        ax.set_title("It rises")
+        study.figure(fig, "rise")
+        study.save()
+        assert (folder(tmp_path) / "figures" / "rise.png").stat().st_size > 1000
+        assert not plt.fignum_exists(fig.number)
+
+    def test_later_notebooks_read_it(self, opened):
+        first = opened("04_first")
+        first.metric("l2", 0.25)
+        first.file("weights.bin").write_bytes(b"w")
+        first.save()
+        result = opened("05_second").result("04_first")
+        assert result.metrics["l2"] == 0.25
+        assert result.file("weights.bin").read_bytes() == b"w"
+        with pytest.raises(FileNotFoundError, match=r"holds no other\.bin; it holds .*weights\.bin"):
+            result.file("other.bin")
+
+    def test_comparison_covers_the_claimed_cells(self, opened):
+        study = opened("09_table3_gt_boxes")
+        study.table("table3", {"EfficientViT-SAM-mini": {"COCO mIoU": 50.0}}, unit="%")
+        comparison = study.save()
+        assert (comparison.table == "table3").all()
+        assert len(comparison) == 16
+        assert (comparison.verdict == "generated data").any()
+
+
+class TestRefusals:
+    def test_missing_data_says_what_to_get(self, opened, tmp_path):
+        with pytest.raises(FileNotFoundError, match="get COCO and put it there"):
+            opened(needs={tmp_path / "coco": "get COCO and put it there"})
+
+    def test_missing_package(self, opened):
+        with pytest.raises(ModuleNotFoundError, match="needs the package no_such_package: pip install it"):
+            opened(needs={"no_such_package": "pip install it"})
+
+    def test_missing_result_names_the_command(self, opened):
+        with pytest.raises(FileNotFoundError, match=r"evsam_lib\.run --profile mini 04"):
+            opened().result("04_distill_encoder")
+
+    @pytest.mark.parametrize("device", ["gpu", "cuda:x", "tpu"])
+    def test_device(self, opened, device):
+        with pytest.raises(ValueError, match=device):
+            opened(device=device)
+
+    def test_name(self, opened):
+        with pytest.raises(ValueError, match="'test'"):
+            opened("test")
+
+    def test_status(self, opened):
+        with pytest.raises(ValueError, match="'guessed'"):
+            opened().table("own", {"a": {"x": 1}}, status="guessed")
+
+    def test_value(self, opened):
+        with pytest.raises(ValueError, match="must be a number, got 'many'"):
+            opened().table("own", {"a": {"x": "many"}})
+
+
+class TestReport:
+    def test_gathers_what_there_is(self, opened, tmp_path):
+        study = opened("01_architecture")
+        study.table("table1", {"EfficientViT-SAM-L0": {"params": 34.792784}}, unit="M", status="computed")
+        study.save()
+        text = build_report(tmp_path / "results", "mini").read_text()
+        assert text.startswith("**Profile `mini`")
+        assert "| EfficientViT-SAM-L0" in text
+        assert "1 match" in text
+        assert "not run: " in text
+
+    def test_figures_stand_in_the_order_they_were_made_with_their_captions(self, opened, tmp_path):
+        study = opened()
+        for name in ("second_letter", "a_letter"):
+            fig, ax = plt.subplots()
+            ax.set_title(f"Finding of {name}")
+            study.figure(fig, name, caption=f"Conditions of {name} – 3 × 3.")
+        study.save()
+        text = build_report(tmp_path / "results", "mini").read_text()
+        first = text.index("![Finding of second_letter](09_test/figures/second_letter.png)")
+        assert first < text.index("Conditions of second_letter – 3 × 3.") < text.index("a_letter.png")
+
+    def test_no_results(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"evsam_lib\.run --profile paper"):
+            build_report(tmp_path, "paper")
+
+
+def _crash_after(renames, ready, folder):
+    """What `publish` does, cut off before its first or its second rename."""
+    if renames:
+        folder.rename(work_folder(folder, "old"))
+    raise KeyboardInterrupt
+
+
+def test_long_rows_carry_their_own_unit_and_status(opened):
+    study = opened()
+    wide = study.table("own", [{"row": "a", "column": "x", "value": 3, "unit": "s", "status": "not run: no GPU"}])
+    assert isinstance(wide, pd.DataFrame)
+    assert wide.loc["a", "x"] == 3
