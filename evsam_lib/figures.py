@@ -191,9 +191,11 @@ def panel(
         raise ValueError(f"{len(images)} images and {len(titles)} titles; expected images, and as many titles or none")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    tallest = max(np.shape(image)[0] / np.shape(image)[1] for image in images)
-    height = rows * (width * tallest + (0.3 if len(titles) else 0.0))
-    figure, grid = plt.subplots(rows, columns, figsize=(columns * width, height), squeeze=False)
+    tall = [np.shape(image)[0] / np.shape(image)[1] for image in images]
+    heights = [width * max(tall[i : i + columns]) + (0.3 if len(titles) else 0.0) for i in range(0, len(tall), columns)]
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(columns * width, sum(heights)), height_ratios=heights, squeeze=False
+    )
     axes = grid.ravel()
     for spare in axes[len(images) :]:
         spare.remove()

@@ -1,9 +1,8 @@
 """EfficientViT-L and -XL backbones: convolutions first, ReLU linear attention last (Sec. 3.1, 3.2, Figure 2).
 
 Every parameter carries the name it has in the authors' released checkpoints, so those load strictly. Three details
-decide
-parity and are easy to miss: GELU is the tanh approximation, BatchNorm's eps is 1e-6, and the division in the linear
-attention has eps 1e-15. Notebooks 01 and 02 explain the blocks.
+decide parity and are easy to miss: GELU is the tanh approximation, BatchNorm's eps is 1e-6, and the division in the
+linear attention has eps 1e-15. Notebooks 01 and 02 explain the blocks.
 """
 
 from contextlib import AbstractContextManager, nullcontext

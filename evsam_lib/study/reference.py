@@ -107,8 +107,7 @@ def compare(measured: pd.DataFrame, *, notebook: str | None = None) -> pd.DataFr
 
     A row is found by its table, its column, and the model's name (case and hyphens do not count, so `sam-vit-h` is
     `SAM-ViT-H`). Where the model itself is absent, the mini model of its family (`EfficientViT-SAM-mini`) shows that
-    the
-    protocol ran: its value stands in `on generated data`, never beside the paper's.
+    the protocol ran: its value stands in `on generated data`, never beside the paper's.
 
     Args:
         measured: long rows as in a result's table.csv.

@@ -5,9 +5,8 @@
 That fits two CPU cores; the commands behind the shipped files are in evsam_lib/weights/provenance.json.
 
 The model learns to segment from nothing, by the paper's end-to-end phase (Sec. 3.2) with what a start from nothing
-needs
-beyond it: the IoU heads are supervised, a share of the steps adds a second, corrective click with the mask fed back,
-and scenes are mirrored, cropped and recolored. Given `--teacher`, the image encoder is distilled first, for
+needs beyond it: the IoU heads are supervised, a share of the steps adds a second, corrective click with the mask fed
+back, and scenes are mirrored, cropped and recolored. Given `--teacher`, the image encoder is distilled first, for
 `--distil-minutes`. All scenes stay in memory, so a step costs no loading; the learning rate falls with the time that
 is left. Notebooks 04 and 05 do the paper's two phases step by step, with these weights as teacher.
 """
