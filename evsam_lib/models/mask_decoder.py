@@ -1,12 +1,12 @@
 """SAM's mask decoder, batched over images and prompts (Sec. 3.2: kept unchanged; Kirillov et al. 2023).
 
 Same parameters and same function as SAM's, arranged for speed. The image has thousands of tokens, a prompt has about
-seven,
-so no projection is ever applied to the image: in q k^T the key's projection moves to the query, in the weighted sum the
-value's projection moves behind the sum, and where the image asks, its query's projection moves to the keys. That is
-exact algebra and halves the work. Images are not repeated per prompt until a prompt changes them, and upscaling runs
-on tokens, a transposed 2x2 convolution of stride 2 being a linear layer and a reshape. Notebook 01 shows the decoder's
-place and cost.
+seven, so no projection is ever applied to the image: in q k^T the key's projection moves to the query, in the weighted
+sum the value's projection moves behind the sum, and where the image asks, its query's projection moves to the keys.
+That is exact algebra and halves the work. Images are not repeated per prompt until a prompt changes them, only tokens
+that a head will read take the last look, and upscaling runs on tokens, a transposed 2x2 convolution of stride 2 being a
+linear layer and a reshape. `tests/plain_decoder.py` is the textbook arrangement, for comparison. Notebook 01 shows the
+decoder's place and cost.
 """
 
 from itertools import pairwise
@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+STRIP = 1024  # tokens upscaled at a time on a CPU: 1 MB of float32 in, 8 MB at the widest
+
 
 class Attention(nn.Module):
     """Multi-head attention at possibly reduced width, with SAM's four projections.
 
     Called, it is plain attention among tokens. `tokens_to_image` and `image_to_tokens` are the same function for the
-    case
-    that one side is an image, whose tokens are many: the image's own projections are absorbed by the other side. There
-        the
-    image's prompt axis may be 1, an image that is the same for all prompts.
+    case that one side is an image, whose tokens are many: the image's own projections are absorbed by the other side.
+    There the image's prompt axis may be 1, an image that is the same for all prompts.
     """
 
     def __init__(self, width: int, heads: int, *, downsample: int = 1):
@@ -58,12 +58,12 @@ class Attention(nn.Module):
         seen = seen.reshape(batch, prompts, self.heads, tokens, width) @ self._per_head(self.v_proj).mT
         return self.out_proj(seen.transpose(2, 3).flatten(-2) + self.v_proj.bias)
 
-    def image_to_tokens(self, image: Tensor, code: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def image_to_tokens(self, image: Tensor, coded: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The image asks the tokens, and what it hears is added to it.
 
         Args:
             image: (B, N or 1, h w, C).
-            code: (h w, C), position encoding of the image's tokens, part of the query only.
+            coded: the same with its position encoding, the query.
             k: (B, N, T, C).
             v: (B, N, T, C).
             mask: (B, N, T) bool, True where a token exists.
@@ -76,13 +76,13 @@ class Attention(nn.Module):
         offset = k @ self.q_proj.bias.view(self.heads, self.head_dim, 1)  # (B, N, heads, T, 1)
         if mask is not None:
             offset = offset.masked_fill(~mask[:, :, None, :, None], float("-inf"))
-        keys = (k @ self._per_head(self.q_proj)).flatten(2, 3).mT  # (B, N, C, heads T)
-        scores = (image + code) @ keys + offset.flatten(2)[:, :, None]
-        weights = scores.unflatten(-1, (self.heads, tokens)).softmax(-1).flatten(-2)  # (B, N, h w, heads T)
+        keys = (k @ self._per_head(self.q_proj)).flatten(2, 3)  # (B, N, heads T, C)
+        scores = keys @ coded.mT + offset.flatten(2, 3)  # (B, N, heads T, h w): the long axis last, for the softmax
+        weights = scores.unflatten(2, (self.heads, tokens)).softmax(3).flatten(2, 3)
         values = v @ self.out_proj.weight.view(width, self.heads, -1).permute(1, 2, 0)  # (B, N, heads, T, C)
         values = (values + self.out_proj.bias / self.heads).flatten(2, 3)  # each head's weights sum to 1
         image = image.expand(-1, prompts, -1, -1).flatten(0, 1)
-        return torch.baddbmm(image, weights.flatten(0, 1), values.flatten(0, 1)).unflatten(0, (batch, prompts))
+        return torch.baddbmm(image, weights.flatten(0, 1).mT, values.flatten(0, 1)).unflatten(0, (batch, prompts))
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(2, 3)  # (B, N, heads, T, d)
@@ -141,10 +141,11 @@ class TwoWayBlock(nn.Module):
             coded = tokens + token_code
             tokens = tokens + self.self_attn(coded, coded, tokens, mask)
         tokens = self.norm1(tokens)
-        asked = self.cross_attn_token_to_image.tokens_to_image(tokens + token_code, image + image_code, image)
+        coded = image + image_code
+        asked = self.cross_attn_token_to_image.tokens_to_image(tokens + token_code, coded, image)
         tokens = self.norm2(tokens + asked)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        image = self.cross_attn_image_to_token.image_to_tokens(image, image_code, tokens + token_code, tokens, mask)
+        image = self.cross_attn_image_to_token.image_to_tokens(image, coded, tokens + token_code, tokens, mask)
         return tokens, self.norm4(image)
 
 
@@ -157,14 +158,18 @@ class TwoWayTransformer(nn.Module):
         self.final_attn_token_to_image = Attention(width, heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(width, eps=eps)
 
-    def forward(self, tokens: Tensor, image: Tensor, image_code: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Args: tokens (B, N, T, C); image (B, 1 or N, h w, C); image_code (h w, C); mask (B, N, T) bool.
+    def forward(
+        self, tokens: Tensor, image: Tensor, image_code: Tensor, mask: Tensor | None, read: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Args: tokens (B, N, T, C); image (B, 1 or N, h w, C); image_code (h w, C); mask (B, N, T) bool; read: tokens
+        that the heads will read, so the others need no last look.
 
-        Returns: tokens (B, N, T, C) and image (B, N, h w, C).
+        Returns: tokens (B, N, len(read), C) and image (B, N, h w, C).
         """
         token_code = tokens
         for layer in self.layers:
             tokens, image = layer(tokens, image, token_code, image_code, mask)
+        tokens, token_code = tokens[:, :, read], token_code[:, :, read]
         attended = self.final_attn_token_to_image.tokens_to_image(tokens + token_code, image + image_code, image)
         return self.norm_final_attn(tokens + attended), image
 
@@ -227,22 +232,31 @@ class MaskDecoder(nn.Module):
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(*sparse.shape[:2], -1, -1)
         tokens = torch.cat([own, sparse], dim=2)  # (B, N, 5 + T, C)
         mask = None if valid is None else F.pad(valid, (own.shape[2], 0), value=True)
-        image = (embedding[:, None] + dense).flatten(-2).transpose(-1, -2)  # (B, 1 or N, h w, C)
-        tokens, image = self.transformer(tokens, image, image_code.flatten(-2).T, mask)
+        image = (embedding[:, None] + dense).flatten(-2).mT.contiguous()  # (B, 1 or N, h w, C)
         chosen = range(1, self.mask_tokens_count) if multimask_output else range(1)
-        kernels = torch.stack([self.output_hypernetworks_mlps[i](tokens[:, :, 1 + i]) for i in chosen], dim=2)
+        read = [0, *(1 + i for i in chosen)]  # the IoU token and the chosen masks' tokens
+        tokens, image = self.transformer(tokens, image, image_code.flatten(-2).mT.contiguous(), mask, read)
+        heads = [self.output_hypernetworks_mlps[i] for i in chosen]
+        kernels = torch.stack([head(tokens[:, :, 1 + i]) for i, head in enumerate(heads)], dim=2)
         iou = self.iou_prediction_head(tokens[:, :, 0])[..., chosen.start : chosen.stop]
         return self._masks(image, kernels, grid), iou
 
     def _masks(self, image: Tensor, kernels: Tensor, grid: tuple[int, int]) -> Tensor:
         """image (B, N, h w, C), kernels (B, N, K, C / 8) -> logits (B, N, K, 4h, 4w)."""
-        first, norm, act, second, _ = self.output_upscaling
-        x = act(norm(_upscale_tokens(image, first)))  # (B, N, h w, 2, 2, C / 4)
-        x = act(_upscale_tokens(x, second))  # (B, N, h w, 2, 2, 2, 2, C / 8)
-        logits = x.flatten(2, -2) @ kernels.transpose(-1, -2)  # (B, N, 16 h w, K)
         height, width = grid
+        # A CPU works in strips that stay in its caches; a graph that is compiled, or kept for gradients, is whole.
+        whole = image.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        strips = image.split(height * width if whole else STRIP, dim=2)
+        logits = torch.cat([self._upscaled(strip, kernels) for strip in strips], dim=2)
         logits = logits.unflatten(2, (height, width, 2, 2, 2, 2)).permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
         return logits.reshape(*logits.shape[:3], 4 * height, 4 * width)
+
+    def _upscaled(self, image: Tensor, kernels: Tensor) -> Tensor:
+        """Some of the image's tokens (B, N, T, C) -> logits (B, N, 16 T, K)."""
+        first, norm, act, second, _ = self.output_upscaling
+        x = act(norm(_upscale_tokens(image, first)))  # (B, N, T, 2, 2, C / 4)
+        x = act(_upscale_tokens(x, second))  # (B, N, T, 2, 2, 2, 2, C / 8)
+        return x.flatten(2, -2) @ kernels.transpose(-1, -2)
 
 
 def _upscale_tokens(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
