@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evsam_lib.models.prompt_encoder import prompt_tokens
 from evsam_lib.models.sam import Sam
 
 __all__ = ["Predictor"]
@@ -110,7 +109,8 @@ class Predictor:
             boxes: (N, 4) float, XYXY pixels of the image.
             points: (N, P, 2) float, XY pixels of the image: P points for each prompt.
             labels: (N, P) int, 1 for the object, 0 for not the object.
-            select: "all" three masks of each prompt, or the "best": the one of highest predicted IoU.
+            select: "all" three masks of each prompt, or the "best": the one of highest `Sam.quality`, which is the
+                predicted IoU for all models but EdgeSAM, whose masks are chosen by stability.
             return_logits: logits instead of booleans.
             chunk: prompts decoded together, which bounds memory; None is 2 on a CPU and 256 on a GPU.
 
@@ -140,7 +140,7 @@ class Predictor:
             low_res, iou = self.model.decode(self.features, coords[:, part], codes[:, part], image_code=code)
             low_res, iou = low_res[0].float(), iou[0].float()  # (n, 3, 4h, 4w), (n, 3)
             if select == "best":
-                best = iou.argmax(dim=1)[:, None]  # first of equals, as the official evaluation takes it
+                best = self.model.quality(low_res, iou).argmax(dim=1)[:, None]  # first of equals, as officially
                 low_res, iou = low_res.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)
             parts.append((self._upscaled(low_res, return_logits), iou.cpu().numpy(), low_res.cpu().numpy()))
         masks, ious, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -155,7 +155,7 @@ class Predictor:
         if points is None and boxes is None:  # a mask prompt alone
             coords, codes = torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, dtype=torch.long)
         else:
-            coords, codes = prompt_tokens(
+            coords, codes = self.model.prompt_encoder.tokens(
                 None if points is None else self.model.to_frame(points, self.original_size)[None],
                 None if labels is None else torch.as_tensor(labels)[None],
                 None if boxes is None else self.model.to_frame(boxes, self.original_size)[None],

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from evsam_lib import Predictor, load_model
+from evsam_lib.data.transforms import LongestSide
 from evsam_lib.models.efficientvit import relu_linear_attention
 from evsam_lib.models.peers import SamVit, VitSpec
 from evsam_lib.models.prompt_encoder import prompt_tokens
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import build_sam
 from evsam_lib.models.zoo import ZOO
 from tests.golden import fill
+from tests.plain_decoder import plain_decode
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = ("l0", "l1", "l2", "xl0", "xl1")
@@ -84,11 +86,10 @@ def tiny():
     """The official SAM at toy size (image 256, decoder width 32) behind its own embedding, and 9 prompts' outputs."""
     cases = torch.load(GOLDEN / "sam_tiny" / "cases.pt", weights_only=True)
     state = torch.load(GOLDEN / "sam_tiny" / "state_dict.pt", weights_only=True)
-    model = Sam(
+    model = build_sam(
         torch.nn.Identity(),
         name="sam-tiny",
-        image_size=256,
-        frame_size=256,
+        frame=LongestSide(256, 256),
         embed_dim=32,
         grid=16,
         norm_eps=1e-5,
@@ -155,7 +156,8 @@ def test_sam_vit_encoder_matches_the_official_one():
     encoder.load_state_dict(
         {name.removeprefix("image_encoder."): v for name, v in state.items() if name.startswith("image_encoder.")}
     )
-    model = Sam(encoder, name="t", image_size=256, frame_size=256, embed_dim=32, grid=16, norm_eps=1e-5, mlp_hidden=64)
+    frame = LongestSide(256, 256)
+    model = build_sam(encoder, name="t", frame=frame, embed_dim=32, grid=16, norm_eps=1e-5, mlp_hidden=64)
     with torch.inference_mode():
         embedding = model.encode(model.preprocess(cases["image"].numpy())[None])
     torch.testing.assert_close(embedding, cases["embedding"], atol=EMBEDDING_ATOL, rtol=0)
@@ -221,6 +223,16 @@ class TestBatching:
             without_mask = mini.decode(embedding, more, codes)
         torch.testing.assert_close(ours[0], expected[0], atol=1e-5, rtol=1e-4)
         assert (without_mask[0] - expected[0]).abs().max() > 1e-3  # or the test above would prove nothing
+
+    def test_strips_and_moved_projections_change_nothing(self, mini, monkeypatch):
+        monkeypatch.setattr("evsam_lib.models.mask_decoder.STRIP", 300)  # 1024 tokens: three strips and a rest
+        coords, labels = random_prompts(1, 3, 2)
+        embedding = torch.randn(1, 128, 32, 32, generator=torch.Generator().manual_seed(3))
+        with torch.inference_mode():
+            low_res, iou = mini.decode(embedding, coords, labels)
+            expected, scores = plain_decode(mini, embedding, coords[0], labels[0])
+        torch.testing.assert_close(low_res[0], expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+        torch.testing.assert_close(iou[0], scores, atol=1e-5, rtol=1e-4)
 
     def test_mask_prompts_differ_per_prompt(self, mini):
         coords, labels = random_prompts(1, 2, 1)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from evsam_lib.data import transforms
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Sam, build_sam
 from evsam_lib.training import distill, end_to_end, loop, samples
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -31,7 +31,7 @@ def tiny_sam(name: str = "tiny", *, image_size: int = 32, seed: int = 0, embed_d
     encoder.add_module("norm", nn.BatchNorm2d(embed_dim))
     encoder.add_module("out", nn.Conv2d(embed_dim, embed_dim, 1))
     options = {"embed_dim": embed_dim, "grid": 4, "mlp_hidden": 16, "iou_hidden": 16, "mask_channels": 4}
-    return Sam(encoder, name=name, image_size=image_size, frame_size=64, **options).eval()
+    return build_sam(encoder, name=name, frame=transforms.LongestSide(image_size, 64), **options).eval()
 
 
 class Pictures:
@@ -152,6 +152,13 @@ def test_sample_repeats_masks_officially():
     assert sample.masks.shape == (8, 16, 16)
     assert torch.equal(sample.masks[:3], sample.masks[3:6])
     assert torch.equal(sample.boxes[:3], sample.boxes[3:6])
+
+
+def test_a_model_that_stretches_its_images_is_refused():
+    data, model = Pictures(), tiny_sam()
+    model.frame = transforms.Stretch(64)
+    with pytest.raises(ValueError, match="stretches its images"):
+        samples.training_sample(data, data[0], model=model, target_px=64, generator=torch.Generator())
 
 
 # ---- loop

@@ -1,13 +1,15 @@
 """Weights: strict names, clear refusals, safe reading, round trips."""
 
+import argparse
 import pickle
+import zipfile
 
 import pytest
 import torch
 
 from evsam_lib import load_model
 from evsam_lib.models import weights as weight_files
-from evsam_lib.models.zoo import ZOO
+from evsam_lib.models.zoo import ZOO, state_shapes
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,105 @@ def test_another_variants_weights(mini, tmp_path):
         load_model("efficientvit-sam-l0", path)
 
 
+def zeros_like(name):
+    """A file's worth of tensors with the names and shapes of a model, which takes no memory to speak of."""
+    return {key: torch.zeros(()).expand(shape) for key, shape in state_shapes()[name].items()}
+
+
+@pytest.mark.parametrize("theirs", ["sam-vit-b", "mobile-sam", "efficient-sam-ti", "efficientvit-sam-l0"])
+def test_another_models_weights_are_recognised(theirs):
+    with torch.device("meta"):
+        model = ZOO["edge-sam"].build()
+    with pytest.raises(ValueError, match=rf"do not fit edge-sam: .* they are those of {theirs} \(exactly\)\.$"):
+        weight_files.load_strictly(model, zeros_like(theirs), source="w.pt", known=state_shapes)
+    assert next(model.parameters()).is_meta
+
+
+def test_nearly_another_models_weights():
+    state = zeros_like("efficient-sam-s") | {"extra": torch.zeros(1)}
+    sentence = weight_files.whose_weights(state, state_shapes())
+    assert sentence == "By names and shapes they are those of efficient-sam-s (278 of 279)."
+
+
+def test_weights_of_no_known_model(mini, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"fc.weight": torch.zeros(3, 3)}, path)
+    with pytest.raises(ValueError, match=r"1 unexpected \(fc\.weight\)\.$"):
+        load_model("mobile-sam", path)
+
+
+def test_names_of_a_wrapped_model_are_not_stripped_but_explained(mini, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({f"module.{key}": value for key, value in mini.state_dict().items()}, path)
+    with pytest.raises(
+        ValueError, match=r"begins with 'module\.'; without that they are those of efficientvit-sam-mini"
+    ):
+        load_model("efficientvit-sam-mini", path)
+
+
+@pytest.mark.parametrize("name", ["mobile-sam", "edge-sam", "efficient-sam-ti"])
+def test_half_precision_files_under_model(name, tmp_path):
+    torch.manual_seed(0)
+    model = load_model(name)
+    path = tmp_path / "w.pt"
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    torch.save({"model": state, "epoch": 3}, path)
+    again = load_model(name, path)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, state[key].to(value.dtype)), key
+
+
+def test_a_zip_with_the_one_file(mini, tmp_path):
+    torch.save({"model": mini.state_dict()}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "w.pt", "w.pt")
+        archive.writestr("__MACOSX/._w.pt", b"resource fork")
+    again = load_model("efficientvit-sam-mini", tmp_path / "w.pt.zip")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in mini.state_dict().items())
+    with zipfile.ZipFile(tmp_path / "w.pt.zip", "a") as archive:
+        archive.writestr("readme.txt", b"more")
+    with pytest.raises(ValueError, match="a zip archive with 2 files"):
+        load_model("efficientvit-sam-mini", tmp_path / "w.pt.zip")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_file(mini, tmp_path, kept, legacy):
+    path = tmp_path / "w.pt"
+    torch.save(mini.state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data))])
+    message = "it is empty" if not kept else "" if legacy else "its end is missing"
+    with pytest.raises(ValueError, match=rf"w\.pt is not a readable weight file: {message}") as caught:
+        load_model("efficientvit-sam-mini", path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
+    ],
+)
+def test_what_servers_send_instead(tmp_path, content, message):
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_model("efficientvit-sam-mini", path)
+
+
+def test_files_with_more_than_tensors_say_what(mini, tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"model": mini.state_dict(), "args": argparse.Namespace(lr=1.0)}, path)
+    with pytest.raises(ValueError, match=r"is refused: it holds argparse\.Namespace, and only tensors are read"):
+        load_model("efficientvit-sam-mini", path)
+    torch.save(mini.state_dict() | {"epoch": 3}, path)
+    with pytest.raises(ValueError, match="it holds also 'epoch': int"):
+        load_model("efficientvit-sam-mini", path)
+
+
 class Malicious:
     def __reduce__(self):
         return (print, ("this must never run",))
@@ -129,7 +230,7 @@ def test_unknown_model_names_the_nearest():
 
 def test_official_checkpoint_says_what_to_get(tmp_path, monkeypatch):
     monkeypatch.setenv("EVSAM_WEIGHTS_ROOT", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"efficientvit_sam_l0\.pt; get https://"):
+    with pytest.raises(FileNotFoundError, match=r"efficientvit_sam_l0\.pt; get it by `python -m evsam_lib.fetch weights efficientvit-sam-l0`"):
         load_model("efficientvit-sam-l0", "official")
 
 

@@ -34,6 +34,15 @@ def prompt_tokens(
     Raises:
         ValueError: neither points nor boxes, or points without labels.
     """
+    coords, codes = join_prompts(points, labels, boxes)
+    if boxes is None:
+        coords = torch.cat([coords, torch.zeros_like(coords[..., :1, :])], dim=-2)
+        codes = torch.cat([codes, torch.full_like(codes[..., :1], PADDING_LABEL)], dim=-1)
+    return coords, codes
+
+
+def join_prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`prompt_tokens` before SAM's padding point is added, for models that know none."""
     if points is None and boxes is None:
         raise ValueError("A prompt needs points or boxes, neither was given.")
     if points is not None and labels is None:
@@ -45,9 +54,6 @@ def prompt_tokens(
     if boxes is not None:
         parts.append(boxes.float().unflatten(-1, (2, 2)))
         codes.append(torch.tensor(BOX_LABELS, device=boxes.device).expand(*boxes.shape[:-1], 2))
-    else:
-        parts.append(torch.zeros_like(parts[0][..., :1, :]))
-        codes.append(torch.full_like(codes[0][..., :1], PADDING_LABEL))
     return torch.cat(parts, dim=-2), torch.cat(codes, dim=-1)
 
 
@@ -71,6 +77,13 @@ class PositionEncoding(nn.Module):
         with without_autocast(positions):
             angles = 2 * math.pi * ((2 * positions.float() - 1) @ self.positional_encoding_gaussian_matrix)
             return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    def cells(self, grid: int) -> Tensor:
+        """Codes of the centres of `grid` x `grid` cells: (2 * features, grid, grid) float32."""
+        device = self.positional_encoding_gaussian_matrix.device
+        centres = (torch.arange(grid, device=device, dtype=torch.float32) + 0.5) / grid
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self(torch.stack([x, y], dim=-1)).permute(2, 0, 1)
 
 
 class PromptEncoder(nn.Module):
@@ -102,6 +115,8 @@ class PromptEncoder(nn.Module):
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
+    tokens = staticmethod(prompt_tokens)
+
     def forward(self, coords: Tensor, labels: Tensor, mask_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embeds prompts.
 
@@ -125,7 +140,4 @@ class PromptEncoder(nn.Module):
 
     def dense_position(self) -> Tensor:
         """Position encoding of every cell of the image embedding: (C, h, w)."""
-        matrix = self.pe_layer.positional_encoding_gaussian_matrix
-        centres = (torch.arange(self.grid, device=matrix.device, dtype=torch.float32) + 0.5) / self.grid
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        return self.pe_layer(torch.stack([x, y], dim=-1)).permute(2, 0, 1).to(self.no_mask_embed.weight.dtype)
+        return self.pe_layer.cells(self.grid).to(self.no_mask_embed.weight.dtype)

@@ -1,32 +1,38 @@
 """Sam: image encoder, prompt encoder and mask decoder, and the way from an image's pixels and back (Sec. 3.2).
 
-The image encoder is the only part that the models of this study differ in. `encode` once per image, `decode` once per
-batch of prompts; notebook 01 draws the whole.
+The image encoder is what the models of this study differ in; EfficientSAM alone also has its own decoder
+(`efficient_sam.py`). `encode` once per image, `decode` once per batch of prompts; notebook 01 draws the whole.
 """
+
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evsam_lib.data import transforms
+from evsam_lib.data.transforms import Frame, LongestSide
 from evsam_lib.models.mask_decoder import MaskDecoder
 from evsam_lib.models.prompt_encoder import PromptEncoder
 
+BestBy = Literal["predicted_iou", "stability"]
+
 
 class Sam(nn.Module):
-    """A promptable segmentation model.
+    """A promptable segmentation model, made of its parts; `build_sam` makes SAM's own two around an image encoder.
 
     Args:
         image_encoder: (B, 3, S, S) -> (B, C, grid, grid).
+        prompt_encoder: coords, labels and mask prompt -> sparse and dense embeddings.
+        mask_decoder: image embedding and prompts -> low-res logits and predicted IoUs.
         name: the zoo's name of the model.
+        frame: the way between an image's pixels and the model, see `evsam_lib.data.transforms`.
+        best_by: what chooses among several masks of one prompt, see `quality`.
+
+    Attributes:
         image_size: S, side of the encoder's input in pixels.
         frame_size: side of the prompt frame in pixels.
         embed_dim: C.
         grid: side of the embedding in cells; low-res logits have 4 * grid pixels.
-        norm_eps: eps of the mask decoder's layer norms.
-        mlp_hidden, heads, iou_hidden, mask_channels: sizes inside the mask decoder and the prompt encoder, SAM's by
-            default.
     """
 
     mask_threshold = 0.0
@@ -34,53 +40,47 @@ class Sam(nn.Module):
     def __init__(
         self,
         image_encoder: nn.Module,
+        prompt_encoder: nn.Module,
+        mask_decoder: nn.Module,
         *,
         name: str,
-        image_size: int,
-        frame_size: int = 1024,
-        embed_dim: int = 256,
-        grid: int = 64,
-        norm_eps: float = 1e-6,
-        mlp_hidden: int = 2048,
-        heads: int = 8,
-        iou_hidden: int = 256,
-        mask_channels: int = 16,
+        frame: Frame,
+        best_by: BestBy = "predicted_iou",
     ):
         super().__init__()
         self.name = name
-        self.image_size = image_size
-        self.frame_size = frame_size
-        self.embed_dim = embed_dim
-        self.grid = grid
+        self.frame = frame
+        self.best_by = best_by
+        self.image_size = frame.image_size
+        self.frame_size = frame.frame_size
+        self.embed_dim = mask_decoder.iou_token.embedding_dim
+        self.grid = prompt_encoder.grid
         self.image_encoder = image_encoder
-        self.prompt_encoder = PromptEncoder(embed_dim, grid, frame_size, mask_channels=mask_channels)
-        self.mask_decoder = MaskDecoder(
-            embed_dim, norm_eps=norm_eps, mlp_hidden=mlp_hidden, heads=heads, iou_hidden=iou_hidden
-        )
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
 
     @property
     def device(self) -> torch.device:
-        return self.prompt_encoder.no_mask_embed.weight.device
+        return self.mask_decoder.iou_token.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.prompt_encoder.no_mask_embed.weight.dtype
+        return self.mask_decoder.iou_token.weight.dtype
 
     def preprocess(self, image: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 RGB -> (3, S, S) float32 on the CPU, resized, normalised and padded.
+        """(H, W, 3) uint8 RGB -> (3, S, S) float32 on the CPU, resized and normalised.
 
         Raises:
             ValueError: the image is not uint8 RGB.
         """
-        transforms.check_image(image)
-        return transforms.normalize_and_pad(transforms.resize_longest(image, self.image_size), self.image_size)
+        return self.frame.preprocess(image)
 
     def to_frame(self, coords: Tensor | np.ndarray, original_hw: tuple[int, int]) -> Tensor:
         """(..., 2) points or (..., 4) boxes in XY pixels of the original image -> the prompt frame, float32."""
-        return transforms.to_frame(torch.as_tensor(coords), original_hw, self.frame_size)
+        return self.frame.to_frame(coords, original_hw)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised and padded -> image embedding (B, C, grid, grid)."""
+        """(B, 3, S, S) as `preprocess` makes them -> image embedding (B, C, grid, grid)."""
         return self.image_encoder(images)
 
     def decode(
@@ -108,6 +108,9 @@ class Sam(nn.Module):
 
         Returns:
             low-res logits (B, N, K, 4 grid, 4 grid) and predicted IoU (B, N, K), K = 3 or 1.
+
+        Raises:
+            ValueError: the model has no such prompt (EfficientSAM: masks, more than six points).
         """
         sparse, dense = self.prompt_encoder(coords, labels, mask_input)
         image_code = self.prompt_encoder.dense_position() if image_code is None else image_code
@@ -117,13 +120,74 @@ class Sam(nn.Module):
         """`decode(encode(images), coords, labels, ...)`, see there."""
         return self.decode(self.encode(images), coords, labels, **options)
 
-    def upscale(self, low_res: Tensor, original_hw: tuple[int, int]) -> Tensor:
-        """Low-res logits (N, K, h, w) -> logits (N, K, H, W): up to the frame, crop the padding, down to the original.
+    def quality(self, low_res: Tensor, iou: Tensor) -> Tensor:
+        """What chooses among several masks of one prompt: the highest is the best.
 
-        Both steps bilinear, as in SAM; in float32 also for half inputs. Pixels above `mask_threshold` are the mask.
+        Predicted IoU, except for EdgeSAM. Its distillation left the IoU token out, and its authors choose by stability
+        score instead (EdgeSAM's README, "CoreML export").
+
+        Args:
+            low_res: (..., K, h, w) float, low-res logits.
+            iou: (..., K) float, predicted IoU.
+
+        Returns:
+            (..., K) float.
         """
-        height, width = transforms.resized_hw(*original_hw, self.frame_size)
-        size = (self.frame_size, self.frame_size)
-        logits = F.interpolate(low_res.float(), size, mode="bilinear", align_corners=False)
-        logits = logits[..., : max(height, 1), : max(width, 1)]
-        return F.interpolate(logits, original_hw, mode="bilinear", align_corners=False)
+        return iou if self.best_by == "predicted_iou" else stability_score(low_res, threshold=self.mask_threshold)
+
+    def upscale(self, low_res: Tensor, original_hw: tuple[int, int]) -> Tensor:
+        """Low-res logits (N, K, h, w) -> float32 logits (N, K, H, W). Pixels above `mask_threshold` are the mask."""
+        return self.frame.upscale(low_res, original_hw)
+
+
+def build_sam(
+    image_encoder: nn.Module,
+    *,
+    name: str,
+    frame: Frame | None = None,
+    best_by: BestBy = "predicted_iou",
+    embed_dim: int = 256,
+    grid: int = 64,
+    norm_eps: float = 1e-6,
+    mlp_hidden: int = 2048,
+    heads: int = 8,
+    iou_hidden: int = 256,
+    mask_channels: int = 16,
+) -> Sam:
+    """SAM's prompt encoder and mask decoder behind an image encoder.
+
+    Args:
+        image_encoder: (B, 3, S, S) -> (B, C, grid, grid).
+        name: the zoo's name of the model.
+        frame: the way between an image's pixels and the model; None is `LongestSide()`, 1024 pixels.
+        best_by: what chooses among several masks of one prompt.
+        embed_dim: C.
+        grid: side of the embedding in cells.
+        norm_eps: eps of the mask decoder's layer norms.
+        mlp_hidden: hidden width of the transformer's MLPs.
+        heads: of every attention in the mask decoder.
+        iou_hidden: hidden width of the IoU head.
+        mask_channels: hidden channels of the mask path.
+    """
+    frame = LongestSide() if frame is None else frame
+    prompt_encoder = PromptEncoder(embed_dim, grid, frame.frame_size, mask_channels=mask_channels)
+    mask_decoder = MaskDecoder(embed_dim, norm_eps=norm_eps, mlp_hidden=mlp_hidden, heads=heads, iou_hidden=iou_hidden)
+    return Sam(image_encoder, prompt_encoder, mask_decoder, name=name, frame=frame, best_by=best_by)
+
+
+def stability_score(logits: Tensor, *, threshold: float = 0.0, offset: float = 1.0) -> Tensor:
+    """How little a mask changes with its threshold: the IoU of the masks at `threshold` + and - `offset`.
+
+    SAM's definition (Kirillov et al. 2023, appendix B) and its offset of 1.
+
+    Args:
+        logits: (..., h, w) float.
+        threshold: of the mask.
+        offset: in logits.
+
+    Returns:
+        (...) float32 in [0, 1]; 0 where even the larger mask is empty (SAM's code divides 0 by 0 there).
+    """
+    inner = (logits > threshold + offset).sum(dim=(-2, -1))  # one mask always lies inside the other
+    outer = (logits > threshold - offset).sum(dim=(-2, -1))
+    return inner / outer.clamp(min=1)

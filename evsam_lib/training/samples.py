@@ -77,7 +77,12 @@ def training_sample(
 
     Returns:
         A `Sample`.
+
+    Raises:
+        ValueError: the model stretches its images (EfficientSAM); targets and boxes here keep the aspect.
     """
+    if not isinstance(model.frame, transforms.LongestSide):
+        raise ValueError(f"{model.name} stretches its images; training needs a model that keeps their aspect.")
     height, width = record.image.shape[:2]
     flipped = torch.rand((), generator=generator).item() < hflip
     chosen = choose_masks(len(record.boxes_xywh), masks_per_image, exact=exact, generator=generator)
