@@ -230,7 +230,10 @@ def test_unknown_model_names_the_nearest():
 
 def test_official_checkpoint_says_what_to_get(tmp_path, monkeypatch):
     monkeypatch.setenv("EVSAM_WEIGHTS_ROOT", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"efficientvit_sam_l0\.pt; get it by `python -m evsam_lib.fetch weights efficientvit-sam-l0`"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"efficientvit_sam_l0\.pt; get it by `python -m evsam_lib.fetch weights efficientvit-sam-l0`",
+    ):
         load_model("efficientvit-sam-l0", "official")
 
 
