@@ -67,6 +67,12 @@ class ThisInterpreter(AsyncKernelManager):
         command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
+    async def _async_interrupt_kernel(self) -> None:
+        if not self.shutting_down:  # an idle kernel that is asked to stop would only complain of being interrupted
+            await super()._async_interrupt_kernel()
+
+    interrupt_kernel = _async_interrupt_kernel
+
 
 class NotebookError(RuntimeError):
     """A notebook did not run whole; the message says where and why, in one line."""
