@@ -69,4 +69,5 @@ class TestMini:
         assert text.startswith("**Profile `mini`")
         for table in ("Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "SGinW"):
             assert f"## {table}" in text
-        assert "10 match" in text or "11 match" in text or "12 match" in text
+        # Table 1's parameters and MACs and the MACs in the text; EfficientSAM's parameters are printed otherwise
+        assert "18 match, 1 differs" in text
