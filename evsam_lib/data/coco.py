@@ -3,8 +3,14 @@
 Paper: Sec. 4.2 and 4.3 evaluate on COCO and LVIS; Tables 2-5. Explained in notebook 03. Official evaluation scans the
 whole annotation list for every image; here one pass groups it by image. LVIS files name images by `coco_url` instead of
 `file_name`: for those, `images_dir` is the folder that holds train2017 and val2017.
+
+What a file holds beside usable annotations is counted, never silently dropped: `skipped` has what is left out because
+no number could change or no object be scored, `noted` what is used but odd. What would make a number wrong stops with
+an error that names it.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +31,9 @@ class CocoImage:
         path: of the picture.
         height: in pixels, as the annotation file states it.
         width: likewise.
-        annotations: its annotations, in the order of the file.
+        annotations: its usable annotations, in the order of the file.
+        neg_category_ids: LVIS: categories of which the image certainly holds nothing.
+        not_exhaustive_category_ids: LVIS: categories of which not everything is annotated.
     """
 
     image_id: int
@@ -33,10 +41,21 @@ class CocoImage:
     height: int
     width: int
     annotations: list[dict]
+    neg_category_ids: tuple[int, ...] = ()
+    not_exhaustive_category_ids: tuple[int, ...] = ()
 
 
 class CocoImages:
-    """Images in the order of the annotation file: `len`, iteration, `[position]`, `by_id[image_id]`."""
+    """Images in the order of the annotation file: `len`, iteration, `[position]`, `by_id[image_id]`.
+
+    Attributes:
+        images_dir, annotations_json: as given.
+        categories: {category id: name}.
+        frequency: LVIS: {category id: "r", "c" or "f"}, rare, common, frequent in its training set; else empty.
+        by_id: {image id: image}.
+        skipped: {reason: count} of annotations that are left out.
+        noted: {reason: count} of images and annotations that are odd, but used as the official evaluation uses them.
+    """
 
     def __init__(self, images_dir: str | Path, annotations_json: str | Path) -> None:
         """Reads and indexes the annotation file; reads no picture.
@@ -47,20 +66,28 @@ class CocoImages:
 
         Raises:
             FileNotFoundError: if the folder or the file is missing.
-            ValueError: if the file lacks images or annotations, or an annotation is unusable or of an unknown image.
+            ValueError: if the file lacks images or annotations, lists an image or annotation twice, has an annotation
+                that lacks a key or whose box or area is no finite number, or none that belongs to its images.
         """
         self.images_dir, self.annotations_json = Path(images_dir), Path(annotations_json)
         if not self.images_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.images_dir} does not exist.")
         content = read_json(self.annotations_json, "images", "annotations")
-        self.categories: dict[int, str] = {c["id"]: c["name"] for c in content.get("categories", [])}
+        self._entries, self._categories = content["images"], content.get("categories", [])
+        self.categories: dict[int, str] = {c["id"]: c["name"] for c in self._categories}
+        self.frequency: dict[int, str] = {c["id"]: c["frequency"] for c in self._categories if "frequency" in c}
         self.by_id: dict[int, CocoImage] = {}
-        for entry in content["images"]:
+        for entry in self._entries:
             image = self._image(entry)
+            if image.image_id in self.by_id:
+                raise ValueError(f"{self.annotations_json} lists image {image.image_id} twice.")
             self.by_id[image.image_id] = image
-        for annotation in content["annotations"]:
-            self._add(annotation)
+        skipped, noted = Counter(), Counter()
+        self._add_all(content["annotations"], skipped, noted)
         self._images = list(self.by_id.values())
+        noted["image without annotations"] = sum(not image.annotations for image in self._images)
+        self.skipped: dict[str, int] = dict(+skipped)
+        self.noted: dict[str, int] = dict(+noted)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -70,6 +97,22 @@ class CocoImages:
 
     def __iter__(self) -> Iterator[CocoImage]:
         return iter(self._images)
+
+    @property
+    def is_lvis(self) -> bool:
+        """Whether the annotations are federated, as LVIS's: only some categories are checked in each image."""
+        return bool(self.frequency) or any("neg_category_ids" in entry for entry in self._entries[:1])
+
+    @property
+    def generated(self) -> bool:
+        """Whether `evsam_lib.data.write` made this folder: no number measured on it is comparable with the paper's."""
+        near = (self.images_dir, *self.images_dir.parents[:2])  # LVIS, COCO, SGinW
+        return any((folder / "generated.json").is_file() for folder in near)
+
+    def ground_truth(self) -> dict:
+        """The file's content for a scorer, in COCO's or LVIS's form: without the annotations that are left out."""
+        annotations = [annotation for image in self._images for annotation in image.annotations]
+        return {"info": {}, "images": self._entries, "annotations": annotations, "categories": self._categories}
 
     def read(self, image: CocoImage) -> np.ndarray:
         """Reads a picture as (H, W, 3) uint8 RGB.
@@ -100,23 +143,67 @@ class CocoImages:
         try:
             # LVIS: http://images.cocodataset.org/val2017/000000397133.jpg -> val2017/000000397133.jpg
             name = entry["file_name"] if "file_name" in entry else "/".join(entry["coco_url"].split("/")[-2:])
-            return CocoImage(entry["id"], self.images_dir / name, int(entry["height"]), int(entry["width"]), [])
-        except (KeyError, TypeError) as error:
+            federated = (tuple(entry.get(f"{kind}_category_ids", ())) for kind in ("neg", "not_exhaustive"))
+            size = int(entry["height"]), int(entry["width"])
+            return CocoImage(entry["id"], self.images_dir / name, *size, [], *federated)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"Every image in {self.annotations_json} needs id, height, width and file_name or coco_url, "
                 f"got {str(entry)[:80]}."
             ) from error
 
-    def _add(self, annotation: dict) -> None:
+    def _add_all(self, annotations: list[dict], skipped: Counter, noted: Counter) -> None:
+        """Gives every image its annotations; counts those that are left out, and oddities of the others."""
+        stray, ids = None, set()
+        for annotation in annotations:
+            self._check(annotation)
+            if annotation["id"] in ids:
+                raise ValueError(f"{self.annotations_json} lists annotation {annotation['id']} twice.")
+            ids.add(annotation["id"])
+            image = self.by_id.get(annotation["image_id"])
+            if image is None:  # pycocotools and the official evaluation never look at it either
+                skipped["annotation of an image that the file does not list"] += 1
+                stray = stray or annotation
+            elif _is_empty(annotation["segmentation"]):
+                skipped["annotation without a mask"] += 1
+            else:
+                image.annotations.append(annotation)
+                noted.update(self._oddities(annotation, image))
+        if stray and skipped["annotation of an image that the file does not list"] == len(annotations):
+            raise ValueError(
+                f"Annotation {stray['id']} in {self.annotations_json} refers to image {stray['image_id']}, "
+                "which the file does not list; nor does any other annotation belong to a listed image."
+            )
+
+    def _check(self, annotation: dict) -> None:
         missing = [key for key in ("id", "image_id", "bbox", "area", "segmentation") if key not in annotation]
         if missing:
             raise ValueError(
                 f"Annotation {str(annotation)[:60]} in {self.annotations_json} lacks {', '.join(missing)}."
             )
-        image = self.by_id.get(annotation["image_id"])
-        if image is None:
+        box, area = annotation["bbox"], annotation["area"]
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, (*box, area))):
             raise ValueError(
-                f"Annotation {annotation['id']} in {self.annotations_json} refers to image {annotation['image_id']}, "
-                "which the file does not list."
+                f"Annotation {annotation['id']} in {self.annotations_json} has bbox {str(box)[:60]} and area {area}, "
+                "expected four finite numbers and one."
             )
-        image.annotations.append(annotation)
+
+    def _oddities(self, annotation: dict, image: CocoImage) -> Iterator[str]:
+        x, y, w, h = annotation["bbox"]
+        if w <= 0 or h <= 0:
+            yield "annotation whose box has no area"
+        elif x >= image.width or y >= image.height or x + w <= 0 or y + h <= 0:
+            yield "annotation whose box lies outside its image"
+        if self.categories and annotation.get("category_id", next(iter(self.categories))) not in self.categories:
+            yield "annotation of a category that the file does not list"
+        if annotation["id"] == 0:
+            yield "annotation with id 0, which pycocotools takes for no match"
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_empty(segmentation: object) -> bool:
+    """No polygon at all, as tools write that know boxes only; anything else malformed is an error when decoded."""
+    return segmentation is None or (isinstance(segmentation, list) and not any(segmentation))

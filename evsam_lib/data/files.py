@@ -14,19 +14,32 @@ __all__ = ["decode_segmentation", "read_json", "read_rgb"]
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """Reads a picture as (H, W, 3) uint8 RGB; grey and CMYK are converted, EXIF rotation is not applied (official).
+    """Reads a picture as (H, W, 3) uint8 RGB, in the order its pixels are stored.
+
+    As the official evaluation does, with Pillow: grey, palette and CMYK pictures are converted, an alpha channel is
+    dropped, and an EXIF rotation is not applied, since COCO's annotations are made for the pixels as they are stored.
+    Other than there, the high byte of 16-bit grey is kept: Pillow's own conversion turns all above 255 into white.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no readable picture.
+        ValueError: if it is no readable picture, is cut short, or has more than 16 bits a channel.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Image {path} does not exist.")
     try:
         with Image.open(path) as picture:
+            if picture.mode[0] in "IF":  # I;16, I;16B, or 32 bits
+                return _eight_bits(np.asarray(picture), picture.mode)
             return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Image {path} cannot be read, it is corrupt or no picture: {error}.") from error
+
+
+def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
+    """(H, W) of 16 bits, possibly kept in 32 -> (H, W, 3) uint8."""
+    if mode == "F" or levels.min() < 0 or levels.max() > 65535:
+        raise ValueError(f"its pixels are of mode {mode}, expected 8 or 16 bits a channel")
+    return np.repeat((levels >> 8).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def read_json(path: Path, *keys: str) -> dict:

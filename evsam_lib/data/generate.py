@@ -363,8 +363,8 @@ def _develop(canvas: _Canvas) -> np.ndarray:
 
 
 def __getattr__(name: str):
-    """`write_sa1b` and `write_coco` need Pillow and pycocotools: they are imported when first asked for."""
-    if name in ("write_sa1b", "write_coco"):
+    """The writers need Pillow and pycocotools: they are imported when first asked for."""
+    if name in ("write_coco", "write_detections", "write_lvis", "write_sa1b", "write_sginw"):
         from . import write
 
         return getattr(write, name)

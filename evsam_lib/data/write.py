@@ -1,6 +1,6 @@
-"""Generated scenes as files, in the layouts of SA-1B and COCO.
+"""Generated scenes as files, in the layouts of SA-1B, COCO, LVIS and SGinW.
 
-Stand-ins for the data of paper Sec. 4.1 in the mini profile; explained in notebook 03. A folder is written under a
+Stand-ins for the data of paper Sec. 4 in the mini profile; explained in notebook 03. A folder is written under a
 temporary name and moved into place whole. Its `generated.json` says that it is generated and from which parameters, so
 that no number made on it can pass for one of the paper, and an equal folder is used again instead of written anew.
 """
@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import contourpy
@@ -17,24 +17,25 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from .categories import coco_categories
+from .detector import write_detections
 from .generate import VERSION, Scene, scene
+from .sginw import ANNOTATIONS
+from .shapes import Draw
 
-__all__ = ["write_coco", "write_sa1b"]
+__all__ = ["write_coco", "write_detections", "write_lvis", "write_sa1b", "write_sginw"]
 
-# id, name, super-category of COCO's 80 classes; the gaps in the numbers are COCO's
-_CATEGORIES = """
-1 person:person|2 bicycle,3 car,4 motorcycle,5 airplane,6 bus,7 train,8 truck,9 boat:vehicle
-10 traffic light,11 fire hydrant,13 stop sign,14 parking meter,15 bench:outdoor
-16 bird,17 cat,18 dog,19 horse,20 sheep,21 cow,22 elephant,23 bear,24 zebra,25 giraffe:animal
-27 backpack,28 umbrella,31 handbag,32 tie,33 suitcase:accessory
-34 frisbee,35 skis,36 snowboard,37 sports ball,38 kite,39 baseball bat,40 baseball glove,41 skateboard,42 surfboard,
-43 tennis racket:sports|44 bottle,46 wine glass,47 cup,48 fork,49 knife,50 spoon,51 bowl:kitchen
-52 banana,53 apple,54 sandwich,55 orange,56 broccoli,57 carrot,58 hot dog,59 pizza,60 donut,61 cake:food
-62 chair,63 couch,64 potted plant,65 bed,67 dining table,70 toilet:furniture
-72 tv,73 laptop,74 mouse,75 remote,76 keyboard,77 cell phone:electronic
-78 microwave,79 oven,80 toaster,81 sink,82 refrigerator:appliance
-84 book,85 clock,86 vase,87 scissors,88 teddy bear,89 hair drier,90 toothbrush:indoor
-"""
+_LVIS_STREAM = 2_000_000_011  # added to the seed: other draws than the scene's
+# Which of the things that occur in scenes are rare and common in LVIS's sense; the others are frequent.
+_RARE, _COMMON = {3, 34, 39}, {18, 47, 52, 60, 67, 72}  # ids of COCO
+_IMAGE_COUNTS = {"r": 5, "c": 50, "f": 500}  # LVIS: r up to 10 training images, c up to 100, f more
+# Sets of SGinW that are generated: ids of COCO that become their categories, and the image's sides as shares of `size`.
+_SGINW_SETS: dict[str, tuple[tuple[int, ...], float, float]] = {
+    "Fruits": ((52, 53), 1.0, 1.0),
+    "HouseHold-Items": ((47, 84, 86), 0.75, 0.75),
+    "Phones": ((77,), 1.0, 0.6),
+    "Puppies": ((18,), 0.7, 1.0),
+}
 
 
 def write_sa1b(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> Path:
@@ -112,12 +113,97 @@ def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
             "licenses": [{"id": 1, "name": "generated, no rights reserved", "url": ""}],
             "images": images,
             "annotations": annotations,
-            "categories": _categories(),
+            "categories": coco_categories(),
         }
         (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
 
     root = _make(Path(root), write, layout="coco", count=count, seed=seed, size=size, start=start)
     return root / "val2017", root / "annotations/instances_val2017.json"
+
+
+def write_lvis(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> tuple[Path, Path]:
+    """Writes scenes start .. start + count - 1 as LVIS v1: annotations/lvis_v1_val.json, images in two folders.
+
+    As in LVIS, images have no `file_name`, but a `coco_url` in train2017 or val2017 (here every fourth); categories have
+    a frequency group; and annotation is federated. In each image some categories are left out whole, so that nothing
+    is known about them; some lose one object and are listed in `not_exhaustive_category_ids`; some of the absent ones
+    are listed in `neg_category_ids`; the rest of the absent ones are unknown too. Crowds are not annotated. Shapes of
+    pictures vary as in `write_coco`.
+
+    Args:
+        root: folder to make; reused if it already holds exactly this data.
+        count: number of images.
+        seed: of the scenes.
+        size: (height, width) in pixels, the largest used.
+        start: index of the first scene.
+
+    Returns:
+        The folder that holds train2017 and val2017, and the annotation file.
+
+    Raises:
+        ValueError: if count is below 1 or the size too small.
+        FileExistsError: if root holds files that were not generated.
+    """
+
+    def write(folder: Path) -> None:
+        for name in ("train2017", "val2017", "annotations"):
+            (folder / name).mkdir()
+        categories, number_of = _lvis_categories()
+        images: list[dict] = []
+        annotations: list[dict] = []
+        for index in range(start, start + count):
+            made = scene(seed, index, size=_coco_size(index, size))
+            height, width = made.image.shape[:2]
+            name = f"{'val2017' if index % 4 == 3 else 'train2017'}/{index + 1:012d}.jpg"
+            _save_jpg(made.image, folder / name)
+            kept, federated = _lvis_annotations(made, Draw(seed + _LVIS_STREAM, index), number_of)
+            url = f"http://images.cocodataset.org/{name}"  # the form of LVIS; nothing is fetched from there
+            images.append({"id": index + 1, "height": height, "width": width, "coco_url": url, **federated})
+            for annotation in kept:
+                annotations.append(annotation | {"image_id": index + 1, "id": len(annotations) + 1})
+        content = {
+            "info": {"description": "Generated scenes in LVIS's layout, not LVIS", "version": str(VERSION)},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
+        (folder / "annotations/lvis_v1_val.json").write_text(json.dumps(content))
+
+    root = _make(Path(root), write, layout="lvis", count=count, seed=seed, size=size, start=start)
+    return root, root / "annotations/lvis_v1_val.json"
+
+
+def write_sginw(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> Path:
+    """Writes four small data sets in SGinW's layout: <set>/valid/*.jpg and _annotations_min1cat.coco.json.
+
+    They bear names of the real ones, each with its own picture size and one to three categories; things of other
+    categories are not annotated. An image holds at least one object of its set. Image numbers start at 0.
+
+    Args:
+        root: folder of the sets to make; reused if it already holds exactly this data.
+        count: number of images of each set.
+        seed: of the scenes.
+        size: (height, width) in pixels, the largest used.
+        start: index of the first scene that is tried.
+
+    Returns:
+        root, as `sginw.sginw_images` takes it.
+
+    Raises:
+        ValueError: if count is below 1 or the size too small.
+        FileExistsError: if root holds files that were not generated.
+    """
+
+    def write(folder: Path) -> None:
+        for number, name in enumerate(_SGINW_SETS):
+            (folder / name / "valid").mkdir(parents=True)
+            # Set n takes from scenes start + n, start + n + 4, ...: no scene occurs in two sets.
+            candidates = itertools.count(start + number, len(_SGINW_SETS))
+            content = _sginw_set(folder / name / "valid", name, candidates, count=count, seed=seed, size=size)
+            (folder / name / "valid" / ANNOTATIONS).write_text(json.dumps(content))
+
+    return _make(Path(root), write, layout="sginw", count=count, seed=seed, size=size, start=start)
 
 
 def _make(root: Path, write: Callable[[Path], None], *, layout: str, count: int, seed: int, size, start: int) -> Path:
@@ -208,6 +294,63 @@ def _coco_annotations(made: Scene) -> list[dict]:
     return found
 
 
+def _lvis_categories() -> tuple[list[dict], dict[int, int]]:
+    """LVIS's records, numbered from 1 by name, and {COCO id: LVIS id}."""
+    records, number_of = [], {}
+    for number, category in enumerate(sorted(coco_categories(), key=lambda c: c["name"]), 1):
+        group = "r" if category["id"] in _RARE else "c" if category["id"] in _COMMON else "f"
+        name = category["name"].replace(" ", "_")
+        record = {"id": number, "name": name, "synset": f"{name}.n.01", "synonyms": [name], "frequency": group}
+        records.append(record | {"image_count": _IMAGE_COUNTS[group], "instance_count": 3 * _IMAGE_COUNTS[group]})
+        number_of[category["id"]] = number
+    return records, number_of
+
+
+def _lvis_annotations(made: Scene, draw: Draw, number_of: dict[int, int]) -> tuple[list[dict], dict]:
+    """Annotations in LVIS's form, and what the image record says about its categories."""
+    things = [annotation for annotation in _coco_annotations(made) if not annotation.pop("iscrowd")]
+    present = {int(category) for category in made.category_ids} | {made.crowd_category_id} - {0}
+    kept, partial = [], []
+    for category in sorted(present):
+        own = [thing for thing in things if thing["category_id"] == category]
+        if draw.chance(0.15) and len(own) < len(things):
+            continue  # nobody looked for it
+        if own and (category == made.crowd_category_id or (len(own) > 2 and draw.chance(0.5))):
+            partial.append(number_of[category])
+            own = own[:-1] if len(own) > 1 else own
+        kept += [thing | {"category_id": number_of[category]} for thing in own]
+    absent = sorted(number for category, number in number_of.items() if category not in present)
+    negative = [number for number in absent if draw.chance(0.15)]
+    return kept, {"neg_category_ids": negative, "not_exhaustive_category_ids": sorted(partial)}
+
+
+def _sginw_set(
+    folder: Path, name: str, candidates: Iterator[int], *, count: int, seed: int, size: tuple[int, int]
+) -> dict:
+    """Writes the pictures of one set; returns its annotations."""
+    ids, tall, wide = _SGINW_SETS[name]
+    number_of = {category: number for number, category in enumerate(ids, 1)}
+    names = {category["id"]: category["name"] for category in coco_categories()}
+    size = max(32, int(size[0] * tall)), max(32, int(size[1] * wide))
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for index in candidates:
+        made = scene(seed, index, size=size)
+        own = [a for a in _coco_annotations(made) if a["category_id"] in number_of and not a["iscrowd"]]
+        if not own:
+            continue
+        file_name = f"scene_{index:06d}_jpg.rf.generated.jpg"
+        _save_jpg(made.image, folder / file_name)
+        images.append({"id": len(images), "file_name": file_name, "height": size[0], "width": size[1]})
+        for annotation in own:
+            where = {"id": len(annotations) + 1, "image_id": images[-1]["id"]}
+            annotations.append(annotation | where | {"category_id": number_of[annotation["category_id"]]})
+        if len(images) == count:
+            break
+    categories = [{"id": number_of[category], "name": names[category], "supercategory": name} for category in ids]
+    return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
+
+
 def _runs(mask: np.ndarray) -> list[int]:
     """Uncompressed run lengths, columns first, starting with a run of zeros."""
     flat = np.concatenate([[False], mask.T.reshape(-1)])
@@ -242,14 +385,3 @@ def _bridge(outline: np.ndarray, hole: np.ndarray) -> np.ndarray:
     i, j = np.unravel_index(gaps.argmin(), gaps.shape)
     around = np.concatenate([hole[j:], hole[: j + 1]])
     return np.concatenate([outline[: i + 1], around, outline[i:]])
-
-
-def _categories() -> list[dict]:
-    groups = _CATEGORIES.replace(",\n", ",").replace("\n", "|").strip("|").split("|")
-    found = []
-    for group in groups:
-        names, super_category = group.split(":")
-        for entry in names.split(","):
-            number, name = entry.split(" ", 1)
-            found.append({"supercategory": super_category, "id": int(number), "name": name})
-    return found
