@@ -9,7 +9,8 @@ from pycocotools import mask as coco_mask
 
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.generate import scene, write_coco
-from evsam_lib.data.write import _coco_size
+from evsam_lib.data.sginw import SGINW, sginw_images
+from evsam_lib.data.write import _coco_size, write_lvis, write_sginw
 
 SIZE = (96, 128)
 
@@ -106,14 +107,75 @@ def test_lvis_names_images_by_address(tmp_path):
     assert images[0].path == tmp_path / "train2017/000000000005.jpg"
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_grey_and_cmyk_become_rgb(tmp_path, mode):
-    Image.new(mode, (8, 6)).save(tmp_path / "1.jpg")
-    images = coco(tmp_path, [image()], [])
-    assert images.read(images[0]).shape == (6, 8, 3)
+def test_lvis_keeps_what_scoring_needs(tmp_path):
+    images = CocoImages(*write_lvis(tmp_path / "lvis", 4, seed=9, size=SIZE))
+    assert images.is_lvis
+    assert images.generated
+    assert set(images.frequency.values()) == {"r", "c", "f"}
+    assert [record.path.parent.name for record in images] == ["train2017"] * 3 + ["val2017"]
+    assert all(record.path.is_file() for record in images)
+    scored = images.ground_truth()
+    for record, entry in zip(images, scored["images"], strict=True):
+        assert record.neg_category_ids == tuple(entry["neg_category_ids"])
+        assert record.not_exhaustive_category_ids == tuple(entry["not_exhaustive_category_ids"])
+    assert any(record.neg_category_ids for record in images)
+    assert {category["id"] for category in scored["categories"]} == set(images.categories)
+
+
+def test_coco_is_not_lvis(written):
+    images = CocoImages(*written)
+    assert not images.is_lvis
+    assert images.generated
+    assert images[0].neg_category_ids == ()
+    assert images.ground_truth()["annotations"] == json.loads(written[1].read_text())["annotations"]
+
+
+def test_the_25_sets_of_sginw(tmp_path):
+    assert len(SGINW) == 25
+    assert SGINW["Trash"].categories == 22
+    assert all(row.licence and "valid" in row.splits for row in SGINW.values())
+    root = write_sginw(tmp_path / "seginw", 2, seed=9, size=SIZE)
+    images = sginw_images(root, "Phones")
+    assert images.generated
+    assert images.read(images[0]).shape == (96, 76, 3)
+    with pytest.raises(FileNotFoundError, match=r"Cows.valid does not exist"):
+        sginw_images(root, "Cows")
+    with pytest.raises(ValueError, match="Unknown set 'cows', expected one of Airplane-Parts"):
+        sginw_images(root, "cows")
+    with pytest.raises(ValueError, match="Unknown split 'test', expected one of train"):
+        sginw_images(root, "Cows", split="test")
+
+
+@pytest.mark.parametrize(("mode", "values"), [("L", 100), ("CMYK", (0, 155, 155, 0)), ("P", 3), ("LA", (100, 7))])
+def test_other_colours_become_rgb(tmp_path, mode, values):
+    name = "1.jpg" if mode in ("L", "CMYK") else "1.png"
+    picture = Image.new(mode, (8, 6), values)
+    if mode == "P":
+        picture.putpalette([100] * 768)
+    picture.save(tmp_path / name)
+    images = coco(tmp_path, [image(file_name=name)], [])
+    pixels = images.read(images[0])
+    assert (pixels.shape, pixels.dtype) == ((6, 8, 3), np.uint8)
+    expected = (255, 100, 100) if mode == "CMYK" else (100, 100, 100)
+    np.testing.assert_allclose(pixels[0, 0], expected, atol=2)  # JPEG
+
+
+def test_sixteen_bits_keep_their_high_byte(tmp_path):
+    levels = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1300
+    Image.fromarray(levels).save(tmp_path / "1.png")
+    images = coco(tmp_path, [image(file_name="1.png")], [])
+    np.testing.assert_array_equal(images.read(images[0]), np.stack([levels // 256] * 3, axis=-1))
+
+
+def test_more_bits_are_refused(tmp_path):
+    Image.new("F", (8, 6)).save(tmp_path / "1.tif")
+    images = coco(tmp_path, [image(file_name="1.tif")], [])
+    with pytest.raises(ValueError, match=r"1\.tif cannot be read.* mode F, expected 8 or 16 bits"):
+        images.read(images[0])
 
 
 def test_exif_rotation_is_not_applied(tmp_path):
+    """COCO's annotations are made for the pixels as they are stored, and the official evaluation reads them so."""
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     Image.new("RGB", (8, 6)).save(tmp_path / "1.jpg", exif=exif)
@@ -144,6 +206,60 @@ def test_annotation_of_an_unknown_image(tmp_path):
         coco(tmp_path, [image(1)], [annotation(3, 8)])
 
 
+def test_what_changes_no_number_is_left_out_and_counted(tmp_path):
+    boxes_only = [annotation(n, segmentation=empty) for n, empty in ((3, []), (4, [[]]), (5, None))]
+    images = coco(tmp_path, [image(1), image(2)], [annotation(1, 1), annotation(2, 8), *boxes_only])
+    assert [a["id"] for a in images[0].annotations] == [1]
+    assert images.skipped == {
+        "annotation of an image that the file does not list": 1,
+        "annotation without a mask": 3,
+    }
+    assert images.noted == {"image without annotations": 1}
+    assert [a["id"] for a in images.ground_truth()["annotations"]] == [1]
+
+
+def test_what_is_odd_is_used_and_counted(tmp_path):
+    """The official evaluation prompts with any box; only the annotation's area decides whether it counts."""
+    odd = [
+        annotation(1, bbox=[1, 1, 0, 3]),
+        annotation(2, bbox=[3, 1, 2, -1]),
+        annotation(3, bbox=[8, 0, 2, 2]),
+        annotation(4, bbox=[-5, 0, 4, 2]),
+        annotation(5, category_id=9),
+        annotation(0),
+    ]
+    images = coco(tmp_path, [image()], odd, categories=[{"id": 1, "name": "cat"}])
+    assert len(images[0].annotations) == 6
+    assert images.skipped == {}
+    assert images.noted == {
+        "annotation whose box has no area": 2,
+        "annotation whose box lies outside its image": 2,
+        "annotation of a category that the file does not list": 1,
+        "annotation with id 0, which pycocotools takes for no match": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"bbox": [1, 1, float("nan"), 3]}, r"\[1, 1, nan, 3\] and area 12"),
+        ({"bbox": [1, 1, 3]}, r"\[1, 1, 3\]"),
+        ({"bbox": None}, "None"),
+        ({"area": float("inf")}, "area inf"),
+    ],
+)
+def test_a_box_or_area_that_is_no_number_stops(tmp_path, values, shown):
+    with pytest.raises(ValueError, match=f"Annotation 1 in .* has bbox .*{shown}"):
+        coco(tmp_path, [image()], [annotation(**values)])
+
+
+def test_nothing_is_listed_twice(tmp_path):
+    with pytest.raises(ValueError, match="lists image 1 twice"):
+        coco(tmp_path, [image(), image()], [])
+    with pytest.raises(ValueError, match="lists annotation 4 twice"):
+        coco(tmp_path, [image()], [annotation(4), annotation(4)])
+
+
 def test_annotation_that_lacks_a_key(tmp_path):
     lame = annotation()
     del lame["bbox"], lame["area"]
@@ -165,12 +281,22 @@ def test_missing_and_corrupt_picture(tmp_path):
         images.read(images[0])
 
 
+def test_truncated_picture(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "1.jpg")
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    images = coco(tmp_path, [image(height=60, width=80)], [])
+    with pytest.raises(ValueError, match=r"1\.jpg cannot be read.*: image file is truncated"):
+        images.read(images[0])
+
+
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ([], "at least three"),
         ([[1, 1, 5, 1]], "at least three"),
         ([[1, 1, 5, 1, 5]], "at least three"),
+        ([[], [1, 1, 5, 1, 5, 4]], "at least three"),
         ([["a"] * 6], "cannot be decoded"),
         ({"size": [6, 8], "counts": [7, 3]}, "counts sum to 10"),
         ({"size": [6, 8], "counts": [-1, 49]}, "counts sum to"),

@@ -4,16 +4,29 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from evsam_lib.data import write
+from evsam_lib.data.categories import coco_categories
 from evsam_lib.data.coco import CocoImages
-from evsam_lib.data.generate import MIN_PIXELS, Scene, scene, write_coco, write_sa1b
+from evsam_lib.data.generate import (
+    MIN_PIXELS,
+    Scene,
+    scene,
+    write_coco,
+    write_detections,
+    write_lvis,
+    write_sa1b,
+    write_sginw,
+)
 from evsam_lib.data.sa1b import Sa1bFolder
+from evsam_lib.data.sginw import SGINW
 
 SIZE = (96, 128)
+COCO_NAMES = {category["id"]: category["name"].replace(" ", "_") for category in coco_categories()}
 
 # Bytes of scene(0, 0..2, size=(96, 128)). A change here means: raise generate.VERSION, and train the mini models again.
 PINNED = [
@@ -21,6 +34,16 @@ PINNED = [
     "d0e110be82776aedcd0b9d3133052304c2a8c6875b58f7cc0033da2ed36340ba",
     "583200d0d7d76c477d3478be57941da891aadb7bd42b5de37100f3e7a6b963e7",
 ]
+
+
+# Annotation files of 2 scenes of seed 5, size (64, 96), as bytes. A change here means: generated folders differ from
+# those that stored results were made on.
+PINNED_FILES = {
+    "coco": "6537f2b923aab8f5492704100760b9ca6ce8b77484bdc64a8fc3fe1901229ed6",
+    "lvis": "5a7e2ecdb308182c32515cab90d010afe874b07e7eb27c34b37fe47311b5b84c",
+    "sginw": "6e46af0bcbf75470ab62c636ffc43eba656b8e518a859ec6df2e839124392bc7",
+    "detections": "1fafac40832013fd02717c0a9440bb96c8a51cd895482b663882c58e4084cfa4",
+}
 
 
 def digest(made: Scene) -> str:
@@ -153,6 +176,64 @@ def test_coco_has_its_eighty_categories_and_varied_shapes(tmp_path):
     shapes = {(image.height, image.width) for image in images}
     assert len(shapes) >= 3
     assert {h > w for h, w in shapes} == {True, False}
+
+
+def test_bytes_of_annotations_are_pinned(tmp_path):
+    size = (64, 96)
+    _, coco = write_coco(tmp_path / "coco", 2, seed=5, size=size)
+    _, lvis = write_lvis(tmp_path / "lvis", 2, seed=5, size=size)
+    sginw = write_sginw(tmp_path / "sginw", 2, seed=5, size=size)
+    boxes = write_detections(tmp_path / "boxes.json", coco, seed=5)
+    texts = {"coco": [coco], "lvis": [lvis], "sginw": sorted(sginw.glob("*/*/*.json")), "detections": [boxes]}
+    found = {name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)) for name, paths in texts.items()}
+    assert {name: value.hexdigest() for name, value in found.items()} == PINNED_FILES
+
+
+def test_lvis_is_federated(tmp_path):
+    """Names no image file; what is annotated, listed as absent or as incomplete agrees with the scene."""
+    _, path = write_lvis(tmp_path / "lvis", 12, seed=6, size=SIZE)
+    content = json.loads(path.read_text())
+    assert not any("file_name" in image for image in content["images"])
+    assert {image["coco_url"].split("/")[-2] for image in content["images"]} == {"train2017", "val2017"}
+    names = [category["name"] for category in content["categories"]]
+    assert names == sorted(names)
+    groups = {category["id"]: category["frequency"] for category in content["categories"]}
+    assert {groups[annotation["category_id"]] for annotation in content["annotations"]} == {"r", "c", "f"}
+    unknown = 0
+    for image in content["images"]:
+        made = scene(6, image["id"] - 1, size=write._coco_size(image["id"] - 1, SIZE))
+        there = Counter(names.index(COCO_NAMES[int(c)]) + 1 for c in made.category_ids[made.parents < 0])
+        own = Counter(a["category_id"] for a in content["annotations"] if a["image_id"] == image["id"])
+        partial = set(image["not_exhaustive_category_ids"])
+        assert own
+        assert not there.keys() & set(image["neg_category_ids"])
+        assert partial <= own.keys() <= there.keys()
+        assert all(own[number] == there[number] for number in own.keys() - partial)
+        unknown += len(there.keys() - own.keys())
+    assert unknown > 0
+    assert any(image["not_exhaustive_category_ids"] for image in content["images"])
+
+
+def test_sginw_sets_differ(tmp_path):
+    root = write_sginw(tmp_path / "sginw", 3, seed=6, size=SIZE)
+    contents = {p.parents[1].name: json.loads(p.read_text()) for p in sorted(root.glob("*/valid/*.json"))}
+    assert set(contents) <= set(SGINW)
+    assert len({(c["images"][0]["height"], c["images"][0]["width"]) for c in contents.values()}) == 4
+    scenes_used = [image["file_name"] for content in contents.values() for image in content["images"]]
+    assert len(set(scenes_used)) == len(scenes_used) == 12
+    for name, content in contents.items():
+        assert {image["id"] for image in content["images"]} == {a["image_id"] for a in content["annotations"]}
+        assert [category["id"] for category in content["categories"]] == list(range(1, len(content["categories"]) + 1))
+        assert {a["category_id"] for a in content["annotations"]} <= {c["id"] for c in content["categories"]}
+        assert all((root / name / "valid" / image["file_name"]).is_file() for image in content["images"])
+
+
+def test_a_longer_set_begins_with_the_shorter(tmp_path):
+    """Every image is a function of its index alone."""
+    few, many = (write_lvis(tmp_path / str(count), count, seed=6, size=SIZE)[1] for count in (2, 3))
+    few, many = json.loads(few.read_text()), json.loads(many.read_text())
+    assert many["images"][:2] == few["images"]
+    assert many["annotations"][: len(few["annotations"])] == few["annotations"]
 
 
 def test_polygons_cover_what_they_outline():

@@ -37,7 +37,8 @@ class Sa1bRecord:
 
 
 class Sa1bFolder:
-    """Map-style access to a folder: `len(data)`, `data[i]`, iteration; `image_ids` lists what it holds."""
+    """Map-style access to a folder: `len(data)`, `data[i]`, iteration; `image_ids` lists what it holds, `files`
+    the pairs (JPEG, JSON)."""
 
     def __init__(self, root: str | Path, *, split: str | None = None) -> None:
         """Lists the images; reads none.
@@ -65,7 +66,7 @@ class Sa1bFolder:
                 f"The train split of {self.root} is empty: its one image validates, expected at least two."
             )
         self.image_ids = [image_id for image_id, _, _ in listed]
-        self._files = [(jpg, annotations) for _, jpg, annotations in listed]
+        self.files = [(jpg, annotations) for _, jpg, annotations in listed]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -78,7 +79,7 @@ class Sa1bFolder:
             FileNotFoundError: if one of the two files is missing.
             ValueError: if one of them is corrupt or an annotation lacks its segmentation or box.
         """
-        jpg, path = self._files[index]
+        jpg, path = self.files[index]
         annotations = read_json(path, "annotations")["annotations"]
         try:
             rles = [annotation["segmentation"] for annotation in annotations]

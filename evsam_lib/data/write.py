@@ -124,11 +124,11 @@ def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
 def write_lvis(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> tuple[Path, Path]:
     """Writes scenes start .. start + count - 1 as LVIS v1: annotations/lvis_v1_val.json, images in two folders.
 
-    As in LVIS, images have no `file_name`, but a `coco_url` in train2017 or val2017 (here every fourth); categories have
-    a frequency group; and annotation is federated. In each image some categories are left out whole, so that nothing
-    is known about them; some lose one object and are listed in `not_exhaustive_category_ids`; some of the absent ones
-    are listed in `neg_category_ids`; the rest of the absent ones are unknown too. Crowds are not annotated. Shapes of
-    pictures vary as in `write_coco`.
+    As in LVIS, images have no `file_name`, but a `coco_url` in train2017 or val2017 (here every fourth); categories
+    have a frequency group; and annotation is federated. In each image some categories are left out whole, so that
+    nothing is known about them; some lose one object and are listed in `not_exhaustive_category_ids`; some of the
+    absent ones are listed in `neg_category_ids`; the rest of the absent ones are unknown too. Crowds are not
+    annotated. Shapes of pictures vary as in `write_coco`.
 
     Args:
         root: folder to make; reused if it already holds exactly this data.
