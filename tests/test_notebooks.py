@@ -11,7 +11,8 @@ from evsam_lib.study.paths import repo_root
 from evsam_lib.study.tables import read_table
 
 ORDER = sorted(path.stem for path in (repo_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-SMALL = {"scenes": 12, "coco_scenes": 3, "steps": 8, "held_out": 2, "limit": 2, "clicks": 3, "surveyed": 12, "timed": 4}
+SMALL = {"scenes": 12, "coco_scenes": 3, "lvis_scenes": 3, "steps": 8, "held_out": 2, "limit": 2, "clicks": 3}
+SMALL |= {"surveyed": 12, "timed": 4}
 
 
 @pytest.fixture(scope="module")

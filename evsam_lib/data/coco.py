@@ -9,7 +9,6 @@ no number could change or no object be scored, `noted` what is used but odd. Wha
 an error that names it.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import decode_segmentation, read_json, read_rgb
+from .files import decode_segmentation, is_finite, read_json, read_rgb
 
 __all__ = ["CocoImage", "CocoImages"]
 
@@ -182,7 +181,7 @@ class CocoImages:
                 f"Annotation {str(annotation)[:60]} in {self.annotations_json} lacks {', '.join(missing)}."
             )
         box, area = annotation["bbox"], annotation["area"]
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, (*box, area))):
+        if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, (*box, area))):
             raise ValueError(
                 f"Annotation {annotation['id']} in {self.annotations_json} has bbox {str(box)[:60]} and area {area}, "
                 "expected four finite numbers and one."
@@ -198,10 +197,6 @@ class CocoImages:
             yield "annotation of a category that the file does not list"
         if annotation["id"] == 0:
             yield "annotation with id 0, which pycocotools takes for no match"
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _is_empty(segmentation: object) -> bool:

@@ -7,7 +7,6 @@ each: LVIS's file has 300 for each of 19,809 images.
 """
 
 import json
-import math
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import CocoImages
+from .files import is_finite
 
 __all__ = ["Detections"]
 
@@ -155,15 +155,11 @@ def _unusable(record: dict, position: dict, categories: dict) -> str | None:
         return _NO_IMAGE
     if not isinstance(category_id, int) or (categories and category_id not in categories):
         return _NO_CATEGORY
-    if not _finite(score):
+    if not is_finite(score):
         return "detection whose score is no finite number"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
         return "detection whose box is not four finite numbers"
     return None
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _keep(read: tuple[np.ndarray, ...], mask: np.ndarray, skipped: Counter, reason: str) -> tuple[np.ndarray, ...]:

@@ -1,16 +1,17 @@
 """Reading pictures, JSON and masks from disk, with errors that name the file.
 
-Shared by `sa1b` and `coco`; explained in notebook 03.
+Shared by the loaders of this package; explained in notebook 03.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_segmentation", "read_json", "read_rgb"]
+__all__ = ["decode_segmentation", "is_finite", "read_json", "read_rgb"]
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -59,6 +60,11 @@ def read_json(path: Path, *keys: str) -> dict:
         if not isinstance(content, dict) or key not in content:
             raise ValueError(f"Annotation file {path} must be a JSON object with {key!r}, which is missing.")
     return content
+
+
+def is_finite(value: object) -> bool:
+    """Whether a value read from JSON is a number, and neither infinite nor NaN, which Python's reader lets pass."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int, *, where: str) -> np.ndarray:
