@@ -39,7 +39,7 @@ def test_detections_lie_by_image_in_the_order_of_the_file(tmp_path, images):
     found = Detections(written(tmp_path, records), images)
     assert len(found) == 4
     assert list(found.by_image) == [7, 1, 5]
-    assert found.by_image[1] == [{k: records[i][k] for k in ("category_id", "bbox", "score")} for i in (0, 2, 3)]
+    assert found.by_image[1] == [records[i] for i in (0, 2, 3)]
     assert found.by_image[5] == []
     assert found.skipped == found.noted == {}
     boxes, scores, categories = found.of(7)

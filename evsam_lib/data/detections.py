@@ -30,7 +30,7 @@ class Detections:
     Attributes:
         path: of the file.
         by_image: {image id: its detections, a list in the order of the file}, for every image of the annotation file;
-            a detection is {"category_id": int, "bbox": [x, y, w, h] in pixels, "score": float}.
+            a detection is {"image_id", "category_id": int, "bbox": [x, y, w, h] in pixels, "score": float}.
         skipped: {reason: count} of detections that are left out.
         noted: {reason: count} of detections that are odd, but used as the official evaluation uses them.
     """
@@ -106,7 +106,7 @@ class _ByImage(Mapping):
         chosen = self._all._slice(image_id)
         columns = (self._all._categories, self._all._boxes_xywh, self._all._scores)
         rows = zip(*(column[chosen].tolist() for column in columns), strict=True)
-        return [{"category_id": category, "bbox": box, "score": score} for category, box, score in rows]
+        return [{"image_id": image_id, "category_id": c, "bbox": box, "score": score} for c, box, score in rows]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._all._position)
