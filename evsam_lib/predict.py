@@ -1,17 +1,23 @@
 """Predictor: SAM's interface over any model of the zoo, and the same for many prompts at once.
 
 Set an image once, then ask as often as you like; the embedding is kept. `predict` has SAM's own arguments and results;
-`predict_batch` answers hundreds of boxes or click sequences without a loop over prompts. Notebooks 08 and 09 stand on
-it.
+`predict_batch` answers hundreds of boxes or click sequences without a loop over prompts. `BatchPredictor` goes over
+several images at once and returns one mask for each prompt, which is what evaluation asks for; notebooks 08 to 12 stand
+on it.
 """
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Sam, stability_score
 
-__all__ = ["Predictor"]
+__all__ = ["BatchPredictor", "Predictor"]
+
+CHOICES = ("predicted_iou", "stability", "model", "single")
 
 
 class Predictor:
@@ -134,7 +140,7 @@ class Predictor:
         coords, codes = self._tokens(points, labels, boxes)  # (1, N, T, 2), (1, N, T)
         parts = []
         code = self.model.prompt_encoder.dense_position()
-        chunk = chunk or (2 if self.model.device.type == "cpu" else 256)  # a CPU's caches are small
+        chunk = chunk or _chunk(self.model)
         for start in range(0, max(coords.shape[1], 1), chunk):  # at least once, so that no prompts have a shape too
             part = slice(start, start + chunk)
             low_res, iou = self.model.decode(self.features, coords[:, part], codes[:, part], image_code=code)
@@ -170,6 +176,145 @@ class Predictor:
     def _upscaled(self, low_res: Tensor, return_logits: bool) -> np.ndarray:
         logits = self.model.upscale(low_res, self.original_size)
         return (logits if return_logits else logits > self.model.mask_threshold).cpu().numpy()
+
+
+class BatchPredictor:
+    """One mask for each of many prompts on several images.
+
+    Images are encoded in one batch. Prompts are decoded in chunks of a fixed size, which on a GPU reach across images,
+    and one of three masks is chosen while it is small: only that one is brought to its image's size, image by image.
+    Memory is that of one chunk, however many prompts there are.
+
+    Attributes:
+        model: the model.
+        features: (B, C, h, w) tensor, the images' embeddings, or None before `set_images`.
+        sizes: (H, W) of each image.
+    """
+
+    def __init__(self, model: Sam, *, choose: str = "predicted_iou", refine: int = 0, chunk: int | None = None):
+        """Args:
+            model: the model.
+            choose: which of three masks is returned: "predicted_iou", the one of highest predicted IoU (authors'
+                script); "stability", the one that changes least with its threshold; "model", what `Sam.quality` of this
+                model says. "single" asks for the model's one mask instead of three.
+            refine: how often the chosen mask's logits are given back together with the prompt (SAM's paper: once, for
+                detector boxes; authors' script: never).
+            chunk: prompts decoded together; None is 2 on a CPU and 256 on a GPU.
+
+        Raises:
+            ValueError: an unknown choice, or a negative `refine`.
+        """
+        if choose not in CHOICES:
+            raise ValueError(f"Unknown choice {choose!r}, expected one of {', '.join(CHOICES)}.")
+        if refine < 0:
+            raise ValueError(f"refine must be 0 or more, got {refine}.")
+        self.model, self.choose, self.refine = model, choose, refine
+        self.chunk = chunk or _chunk(model)
+        self.features: Tensor | None = None
+        self.sizes: list[tuple[int, int]] = []
+
+    @torch.inference_mode()
+    def set_images(self, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> None:
+        """Encodes images; all later prompts are about them.
+
+        Args:
+            pixels: B tensors (3, S, S) float, as `Sam.preprocess` makes them.
+            sizes: (H, W) of each image.
+        """
+        self.features = self.model.encode(torch.stack(list(pixels)).to(self.model.device, self.model.dtype))
+        self.sizes = list(sizes)
+
+    def masks(
+        self,
+        owners: np.ndarray,
+        *,
+        boxes: np.ndarray | None = None,
+        points: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
+    ) -> Iterator[tuple[slice, np.ndarray]]:
+        """Masks for N prompts, all of them boxes, points, or both; handed out as they are made, some at a time.
+
+        Args:
+            owners: (N,) int, the position of each prompt's image in the batch, ascending.
+            boxes: (N, 4) float, XYXY pixels of the image.
+            points: (N, P, 2) float, XY pixels of the image.
+            labels: (N, P) int, 1 for the object, 0 for not the object.
+
+        Yields:
+            which of the prompts, n of them and all of one image, and their masks (n, H, W) bool at that image's size.
+
+        Raises:
+            RuntimeError: no images were set.
+            ValueError: prompts of another shape.
+        """
+        if self.features is None:
+            raise RuntimeError("No images are set: call set_images(pixels, sizes) before asking for masks.")
+        if len(owners) == 0:
+            return
+        coords, codes = self._tokens(owners, boxes, points, labels)
+        code = self.model.prompt_encoder.dense_position()
+        for start, stop in self._chunks(owners):
+            low_res = self._best(owners[start:stop], coords[start:stop], codes[start:stop], code)  # (n, 4h, 4w)
+            for first, last in _runs(owners[start:stop]):
+                masks = self._upscaled(low_res[first:last], self.sizes[owners[start + first]])
+                yield slice(start + first, start + last), masks
+
+    def _tokens(self, owners, boxes, points, labels) -> tuple[Tensor, Tensor]:
+        """Prompts in their images' pixels -> (N, T, 2) tokens in the prompt frame, (N, T) labels."""
+        points, labels = _points(points, labels, ("N", "P"))
+        boxes = None if boxes is None else _array("boxes", boxes, ("N", 4))
+        in_frame = [
+            None
+            if prompts is None
+            else torch.cat([self.model.to_frame(prompts[a:b], self.sizes[owners[a]]) for a, b in _runs(owners)])
+            for prompts in (points, boxes)
+        ]
+        labels = None if labels is None else torch.from_numpy(labels)
+        coords, codes = self.model.prompt_encoder.tokens(in_frame[0], labels, in_frame[1])
+        return coords.to(self.model.device), codes.to(self.model.device)
+
+    def _chunks(self, owners: np.ndarray) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of prompts decoded together. A CPU gains by sharing one image, a GPU by full chunks."""
+        runs = _runs(owners) if self.features.device.type == "cpu" else [(0, len(owners))]
+        for first, last in runs:
+            for start in range(first, last, self.chunk):
+                yield start, min(start + self.chunk, last)
+
+    @torch.inference_mode()
+    def _best(self, owners: np.ndarray, coords: Tensor, codes: Tensor, code: Tensor) -> Tensor:
+        """The chosen low-res logits (n, 4h, 4w) of n prompts with T tokens each."""
+        shared = owners[0] == owners[-1]
+        features = self.features[owners[:1] if shared else owners]  # (1 or n, C, h, w)
+        lead = (1, len(owners)) if shared else (len(owners), 1)  # images, prompts of each
+        coords, codes = coords.unflatten(0, lead), codes.unflatten(0, lead)
+        mask_input = None
+        for _ in range(self.refine + 1):
+            options = {"mask_input": mask_input, "multimask_output": self.choose != "single", "image_code": code}
+            low_res, iou = (x.flatten(0, 1).float() for x in self.model.decode(features, coords, codes, **options))
+            best = self._quality(low_res, iou).argmax(dim=1)  # first of equals, as officially
+            low_res = low_res.take_along_dim(best[:, None, None, None], dim=1)  # (n, 1, 4h, 4w)
+            mask_input = low_res.unflatten(0, lead)
+        return low_res[:, 0]
+
+    def _quality(self, low_res: Tensor, iou: Tensor) -> Tensor:
+        if self.choose == "stability":
+            return stability_score(low_res, threshold=self.model.mask_threshold)
+        return self.model.quality(low_res, iou) if self.choose == "model" else iou
+
+    @torch.inference_mode()
+    def _upscaled(self, low_res: Tensor, size: tuple[int, int]) -> np.ndarray:
+        return (self.model.upscale(low_res[:, None], size)[:, 0] > self.model.mask_threshold).cpu().numpy()
+
+
+def _chunk(model: Sam) -> int:
+    return 2 if model.device.type == "cpu" else 256  # a CPU's caches are small
+
+
+def _runs(owners: np.ndarray) -> list[tuple[int, int]]:
+    """First and last + 1 of each stretch of equal owners."""
+    edges = np.flatnonzero(np.diff(owners)) + 1
+    bounds = [0, *edges.tolist(), len(owners)]
+    return [pair for pair in pairwise(bounds) if pair[0] < pair[1]]
 
 
 def _points(points, labels, axes: tuple[str, ...]) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -32,7 +32,7 @@ def encode_masks(masks: np.ndarray) -> list[dict]:
 
 def _counts(mask: np.ndarray) -> list[int]:
     """Uncompressed counts of a mask (H, W), the first of zeros."""
-    height, width = mask.shape
+    height = len(mask)
     rows = np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
         return [mask.size]

@@ -18,7 +18,7 @@ import numpy as np
 
 from evsam_lib.data.files import read_json
 
-__all__ = ["coco_ap", "evaluator_version", "lvis_ap"]
+__all__ = ["check_scoring", "coco_ap", "lvis_ap"]
 
 COCO_EVALUATORS = ("pycocotools", "faster-coco-eval", "hotcoco")
 LVIS_EVALUATORS = ("faster-coco-eval", "hotcoco")
@@ -52,8 +52,8 @@ def coco_ap(
         ValueError: an unknown evaluator, an unusable file, or a result that does not belong to it.
         ImportError: the evaluator is not installed.
     """
-    _check_evaluator(evaluator, COCO_EVALUATORS)
-    truth = _truth(annotations)
+    check_scoring(evaluator, lvis=False)
+    truth = _truth(annotations, lvis=False)
     results = _checked(truth, results, image_ids)
     if evaluator == "hotcoco":
         stats = _hotcoco(truth, results, image_ids, lvis=False).stats
@@ -86,10 +86,8 @@ def lvis_ap(
         ValueError: an unknown evaluator, an unusable file, or a result that does not belong to it.
         ImportError: the evaluator is not installed.
     """
-    _check_evaluator(evaluator, LVIS_EVALUATORS)
-    truth = _truth(annotations)
-    if any("frequency" not in category for category in truth["categories"]):
-        raise ValueError(f"Categories in {annotations} lack 'frequency': it is no LVIS file, score it as COCO.")
+    check_scoring(evaluator, lvis=True)
+    truth = _truth(annotations, lvis=True)
     results = _best(_checked(truth, results, image_ids))
     if evaluator == "hotcoco":
         stats = _hotcoco(truth, results, image_ids, lvis=True).get_results()
@@ -98,26 +96,38 @@ def lvis_ap(
     return _percent(dict(zip((*_COCO_NAMES, "AP_r", "AP_c", "AP_f"), (*stats[:6], *stats[-3:]), strict=True)))
 
 
-def evaluator_version(evaluator: str) -> str:
-    """The installed version of an evaluator.
+def check_scoring(evaluator: str, *, lvis: bool, annotations: str | Path | None = None) -> str:
+    """Makes sure that there will be a score, before hours are spent on results.
+
+    Args:
+        evaluator: its name.
+        lvis: the score is LVIS's.
+        annotations: file to look into, if one is given.
+
+    Returns:
+        the evaluator's name and version.
 
     Raises:
-        ImportError: it is not installed.
+        ValueError: no evaluator of this score, or an unusable file.
+        ImportError: the evaluator is not installed.
     """
-    try:
-        return importlib.metadata.version(evaluator)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ImportError(f"{evaluator} is not installed; install evsam[{_EXTRA.get(evaluator, 'eval')}].") from error
-
-
-def _check_evaluator(evaluator: str, known: tuple[str, ...]) -> None:
+    known = LVIS_EVALUATORS if lvis else COCO_EVALUATORS
     if evaluator not in known:
-        raise ValueError(f"Unknown evaluator {evaluator!r}, expected one of {', '.join(known)}.")
-    evaluator_version(evaluator)
+        score = "LVIS's AP" if lvis else "COCO's AP"
+        raise ValueError(f"{evaluator!r} is no evaluator of {score}, expected one of {', '.join(known)}.")
+    if annotations is not None:
+        _truth(annotations, lvis=lvis)
+    try:
+        return f"{evaluator} {importlib.metadata.version(evaluator)}"
+    except importlib.metadata.PackageNotFoundError as error:
+        source = f"evsam[{_EXTRA[evaluator]}]" if evaluator in _EXTRA else "evsam"
+        raise ImportError(f"{evaluator} is not installed; it comes with {source}.") from error
 
 
-def _truth(annotations: str | Path) -> dict:
+def _truth(annotations: str | Path, *, lvis: bool) -> dict:
     truth = read_json(Path(annotations), "images", "annotations", "categories")
+    if lvis and any("frequency" not in category for category in truth["categories"]):
+        raise ValueError(f"Categories in {annotations} lack 'frequency': it is no LVIS file, score it as COCO.")
     truth["annotations"] = [{"iscrowd": 0} | annotation for annotation in truth["annotations"]]  # LVIS states none
     return truth
 

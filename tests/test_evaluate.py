@@ -13,6 +13,7 @@ from torch import nn
 from evsam_lib import evaluate as ev
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.generate import write_coco
+from evsam_lib.evaluate.batch import Loaded, measure
 from evsam_lib.models.zoo import load_model
 from evsam_lib.predict import Predictor
 from evsam_lib.prompts import next_clicks
@@ -44,27 +45,29 @@ class StandIn:
     """A predictor whose masks one can draw by hand.
 
     A box gives its rectangle, one column too wide; points give squares of 5 x 5 pixels, added around the positive ones,
-    then removed around the negative ones.
+    then removed around the negative ones. Masks are handed out one by one.
     """
 
-    def __init__(self, model=None, hw: tuple[int, int] = (20, 30)):
-        self.hw, self.images, self.calls = hw, 0, []
+    def __init__(self, model=None, **options):
+        self.model, self.options, self.sizes, self.images, self.calls = model, options, [], 0, []
 
-    def set_image(self, image):
-        self.images += 1
-        self.hw = image.shape[:2]
+    def set_images(self, pixels, sizes):
+        self.images += len(pixels)
+        self.sizes = sizes
 
-    def predict_batch(self, *, boxes=None, points=None, labels=None, select="all"):
-        assert select == "best"
-        self.calls.append((boxes, points, labels))
-        if boxes is not None:
-            masks = np.stack([rectangle(int(x0), int(y0), int(x1) + 1, int(y1), self.hw) for x0, y0, x1, y1 in boxes])
-        else:
-            masks = np.stack([self.squares(p, c) for p, c in zip(points, labels, strict=True)])
-        return masks, np.ones(len(masks)), None
+    def masks(self, owners, *, boxes=None, points=None, labels=None):
+        if len(owners):
+            self.calls.append((boxes, points, labels))
+        for i, owner in enumerate(owners):
+            if boxes is not None:
+                x0, y0, x1, y1 = boxes[i].astype(int)
+                mask = rectangle(x0, y0, x1 + 1, y1, self.sizes[owner])
+            else:
+                mask = self.squares(points[i], labels[i], self.sizes[owner])
+            yield slice(i, i + 1), mask[None]
 
-    def squares(self, points, labels):
-        mask = np.zeros(self.hw, dtype=bool)
+    def squares(self, points, labels, hw):
+        mask = np.zeros(hw, dtype=bool)
         for label in (1, 0):
             for x, y in points[labels == label]:
                 mask[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = label
@@ -72,6 +75,13 @@ class StandIn:
 
 
 IMAGE = np.zeros((20, 30, 3), dtype=np.uint8)
+
+
+def score(predictor, annotations, masks, clicks: int = 0, **options) -> list[dict]:
+    """Records of one image's objects."""
+    prompt = "points" if clicks else "gt-box"
+    loaded = Loaded(annotations, IMAGE, masks.shape[1:], masks)
+    return measure(predictor, [loaded], prompt=prompt, clicks=clicks, **options)[0]
 
 
 # ---- IoU and its means
@@ -123,7 +133,7 @@ def test_boxes_of_an_image_are_asked_for_in_one_call():
     predictor = StandIn()
     annotations = [annotation(7, (2, 3, 4, 5)), annotation(9, (10, 10, 9, 6))]
     masks = np.stack([mask_of_box(a) for a in annotations])
-    records = ev.evaluate_image(predictor, IMAGE, annotations=annotations, masks=masks)
+    records = score(predictor, annotations, masks)
     assert [(r["image_id"], r["ann_id"], r["area"]) for r in records] == [(1, 7, 20), (1, 9, 54)]
     assert [r["iou"] for r in records] == pytest.approx([80, 90], abs=1e-5)  # 4 of 5 columns, 9 of 10
     assert (predictor.images, len(predictor.calls)) == (1, 1)
@@ -135,7 +145,7 @@ def test_clicks_by_hand():
     predictor = StandIn()
     wide, square = rectangle(3, 3, 13, 8), rectangle(20, 10, 25, 15)  # 10 x 5: two clicks fill it; 5 x 5: one
     annotations = [annotation(1, (3, 3, 10, 5)), annotation(2, (20, 10, 5, 5))]
-    records = ev.evaluate_image(predictor, IMAGE, annotations=annotations, masks=np.stack([wide, square]), clicks=3)
+    records = score(predictor, annotations, np.stack([wide, square]), clicks=3)
     # wide: all columns 5..10 of row 5 are equally deep, the first is taken; 5 of 10 columns are then right, the other
     # five wait for the second click, and the third finds nothing wrong
     assert records[0]["clicks"] == [[5, 5, 1], [10, 5, 1], [0, 0, 0]]
@@ -150,35 +160,34 @@ def test_clicks_by_hand():
 def test_a_corner_click_can_ruin_a_perfect_mask_and_can_be_left_out():
     corner = rectangle(0, 0, 5, 5)  # the official click at (0, 0) cuts a hole of 3 x 3 into it
     item = {"annotations": [annotation(1, (0, 0, 5, 5))], "masks": corner[None], "clicks": 3}
-    (official,) = ev.evaluate_image(StandIn(), IMAGE, **item)
+    (official,) = score(StandIn(), **item)
     assert official["clicks"][:2] == [[2, 2, 1], [0, 0, 0]]
     assert official["iou_after_click"][:2] == pytest.approx([100, 64], abs=1e-5)
     predictor = StandIn()
-    (stopped,) = ev.evaluate_image(predictor, IMAGE, **item, corner_clicks=False)
+    (stopped,) = score(predictor, **item, corner_clicks=False)
     assert stopped["clicks"] == [[2, 2, 1]] and len(predictor.calls) == 1
     assert stopped["iou_after_click"] == pytest.approx([100, 100, 100], abs=1e-5)
 
 
 def test_clicking_reproduces_the_official_sequences_and_scores(golden):
     cases = golden["clicks"]
-    masks = np.stack([case["gt"].numpy() for case in cases])
-    y, x = np.mgrid[: masks.shape[1], : masks.shape[2]]
+    wanted = np.stack([case["gt"].numpy() for case in cases])
+    y, x = np.mgrid[: wanted.shape[1], : wanted.shape[2]]
 
     class SlidingDisc(StandIn):
         """What played the model when the golden clicks were made: a disc that slides right and grows."""
 
-        def predict_batch(self, *, points, labels, select):
+        def masks(self, owners, *, points, labels):
             k = points.shape[1]
             discs = []
-            for mask, (x0, y0) in zip(masks, points[:, 0], strict=True):
+            for mask, (x0, y0) in zip(wanted, points[:, 0], strict=True):
                 rows = np.flatnonzero(mask.any(axis=1))
                 radius = max(y0 - rows[0], rows[-1] - y0) + k - 2
                 discs.append((x - x0 - 4 * (k - 1)) ** 2 + (y - y0) ** 2 < radius**2)
-            return np.stack(discs), None, None
+            yield slice(0, len(discs)), np.stack(discs)
 
-    image = np.zeros((*masks.shape[1:], 3), dtype=np.uint8)
     annotations = [annotation(i, (0, 0, 1, 1)) for i in range(len(cases))]
-    records = ev.evaluate_image(SlidingDisc(), image, annotations=annotations, masks=masks, clicks=5)
+    records = score(SlidingDisc(), annotations, wanted, clicks=5)
     assert [r["clicks"] for r in records] == [case["xy_label"] for case in cases]
     assert [r["iou"] for r in records] == pytest.approx([case["iou"] for case in cases], abs=1e-9)
 
@@ -197,6 +206,8 @@ def test_an_image_of_another_size_than_its_annotations_is_refused():
 class Record:
     image_id: int
     annotations: list = field(default_factory=list)
+    height: int = 20
+    width: int = 30
 
 
 class Album(list):
@@ -217,11 +228,19 @@ class Album(list):
 class NoModel(nn.Module):
     name, device, dtype = "stand-in", torch.device("cpu"), torch.float32
 
+    def preprocess(self, image):
+        return torch.zeros(3, 4, 4)
+
 
 @pytest.fixture
 def album(tmp_path, monkeypatch) -> Album:
     predictors = []
-    monkeypatch.setattr(ev, "Predictor", lambda model: predictors.append(StandIn()) or predictors[-1])
+
+    def stand_in(model, **options):
+        predictors.append(StandIn(model, **options))
+        return predictors[-1]
+
+    monkeypatch.setattr("evsam_lib.evaluate.run.BatchPredictor", stand_in)
     records = [
         Record(1, [annotation(11, (2, 3, 4, 5)), annotation(12, (5, 5, 9, 6), iscrowd=1)]),
         Record(2),
@@ -259,7 +278,8 @@ def test_every_rule_can_be_turned(album):
     assert len(ev.evaluate(model, album, min_area=0)["objects"]) == 4
     assert [r["ann_id"] for r in ev.evaluate(model, album, limit=1)["objects"]] == [11, 12]
     rules = ev.evaluate(model, album, limit=1, min_area=0, corner_clicks=False)["summary"]["rules"]
-    assert rules == {"keep_crowds": True, "inclusive_sizes": True, "min_area": 0, "limit": 1, "corner_clicks": False}
+    expected = {"keep_crowds": True, "inclusive_sizes": True, "min_area": 0, "limit": 1, "corner_clicks": False}
+    assert rules == expected | {"choose": "predicted_iou", "refine": 0, "pad_shards": 0}
 
 
 def test_points_report_every_click_count(album):
@@ -423,4 +443,5 @@ def test_a_corrupt_image_stops_the_run_and_is_named(data, tmp_path, capsys):
     out = tmp_path / "out.json"
     assert ev.main(command((folder, data[1]), out)) == 2
     assert names[1] in capsys.readouterr().err
-    assert not out.exists() and [p.name for p in tmp_path.iterdir()] == ["val2017"]
+    assert not out.exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.part-1-of-1.jsonl", "val2017"]  # to go on with

@@ -1,0 +1,174 @@
+"""python -m evsam_lib.evaluate: the command line, alone, as one shard of several, or under torchrun."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from evsam_lib.data.coco import CocoImages
+from evsam_lib.evaluate import parts
+from evsam_lib.evaluate.report import format_table, write_result, write_results_file
+from evsam_lib.evaluate.run import DATASETS, PROMPTS, evaluate
+from evsam_lib.models.zoo import load_model, weights_path
+from evsam_lib.predict import CHOICES
+from evsam_lib.scores import COCO_EVALUATORS
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns its exit status: 0, or 2 for input that cannot be used."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (ValueError, OSError, ImportError) as error:  # OSError: missing and unreadable files
+        print(f"evsam_lib.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    _check_files(options)
+    shard = options.shard or _torchrun_shard() or (1, 1)
+    images = CocoImages(options.images, options.annotations)
+    detections = None if options.detections is None else _detections(options.detections, images)
+    weights = None if options.weights == "none" else options.weights
+    if weights is None:
+        torch.manual_seed(0)
+        print("NO WEIGHTS: the model starts at random (seed 0), its scores say nothing about it.", file=sys.stderr)
+    model = load_model(options.model, weights, _device(options.device), getattr(torch, options.dtype))
+    result = evaluate(
+        model,
+        images,
+        prompt=options.prompt,
+        clicks=options.clicks,
+        detections=detections,
+        dataset=options.dataset,
+        limit=options.limit,
+        keep_crowds=not options.exclude_crowds,
+        inclusive_sizes=not options.exclusive_sizes,
+        min_area=options.min_area,
+        corner_clicks=not options.no_corner_clicks,
+        choose=options.choose,
+        refine=options.refine,
+        pad_shards=options.pad_shards,
+        batch=options.batch,
+        workers=options.workers,
+        evaluator=options.evaluator,
+        out=options.out,
+        shard=shard,
+        resume=options.resume,
+        weights=weights_path(options.model, weights),
+        detections_file=options.detections,
+        progress=sys.stderr.isatty(),
+    )
+    files = [parts.part_path(options.out, (number, shard[1])) for number in range(1, shard[1] + 1)]
+    if result is None:
+        print(f"shard {shard[0]} of {shard[1]} is done; the result waits for the others: {parts.incomplete(files)}")
+        return 0
+    return _report(result, options, files)
+
+
+def _report(result: dict, options: argparse.Namespace, files: list[Path]) -> int:
+    if options.results is not None:
+        write_results_file(result, options.results)
+    write_result(result, options.out)
+    if len(files) == 1:  # those of several shards stay: another process may be reading them
+        files[0].unlink()
+    summary = result["summary"]
+    print(f"{summary['model']}, weights {options.weights}, {summary['images']} images, {summary['seconds']} s")
+    print(format_table(summary))
+    if summary["skipped"]:
+        print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items()))
+    print(f"wrote {options.out}" + ("" if options.results is None else f" and {options.results}"))
+    return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    for name in ("out", "results"):
+        path = getattr(options, name)
+        if path is not None and path.is_dir():
+            raise ValueError(f"--{name} {path} is a folder, expected the name of a JSON file.")
+    if (options.prompt == "detector-box") != (options.detections is not None):
+        raise ValueError("--prompt detector-box and --detections FILE belong together.")
+    if options.results is not None and options.detections is None:
+        raise ValueError("--results is a file of detections: it needs --prompt detector-box.")
+
+
+def _detections(path: Path, images: CocoImages):
+    from evsam_lib.data.detections import Detections
+
+    return Detections(path, images)
+
+
+def _torchrun_shard() -> tuple[int, int] | None:
+    """This process's share, where torchrun (or any other launcher that sets its variables) started several."""
+    rank, count = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    return None if rank is None or count is None else (int(rank) + 1, int(count))
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"Device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"expected i/n with 1 <= i <= n, got {text!r}")
+    return int(number), int(count)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"evsam_lib.evaluate: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m evsam_lib.evaluate", description="Measures a model: mIoU, or AP of masks.")
+    add = parser.add_argument
+    add("--model", required=True, help="a name of the zoo, such as efficientvit-sam-l0")
+    add("--weights", required=True, help="a file, 'mini', 'official', or 'none' for a random start")
+    add("--images", required=True, type=Path, help="folder of images; for LVIS that of train2017 and val2017")
+    add("--annotations", required=True, type=Path, help="JSON in COCO's form")
+    add("--dataset", choices=DATASETS, default="coco", help="whose AP; sginw is COCO's, set by set")
+    add("--prompt", required=True, choices=PROMPTS)
+    add("--clicks", type=_positive, default=1, help="for --prompt points; the paper has 1, 3 and 5")
+    add("--detections", type=Path, help="for --prompt detector-box: boxes, JSON in COCO's results form")
+    add("--out", required=True, type=Path, help="JSON file to write: summary and objects")
+    add("--results", type=Path, help="for --prompt detector-box: masks to write, JSON in COCO's results form")
+    add("--evaluator", choices=COCO_EVALUATORS, help="of AP; pycocotools for COCO, faster-coco-eval for LVIS")
+    add("--device", default="cpu")
+    add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    add("--batch", type=_positive, help="images encoded together; 1 on a CPU, 16 on a GPU")
+    add("--workers", type=_whole, help="threads that read images ahead; 0 on a CPU, up to 8 on a GPU")
+    add("--shard", type=_shard, help="i/n: the i-th of n shares; under torchrun each rank takes its own")
+    add("--resume", action="store_true", help="go on with the part files that an earlier run left beside --out")
+    add("--limit", type=_positive, help="number of images (that have objects, unless boxes are a detector's)")
+    rules = parser.add_argument_group("rules that one may question, by default those of the authors' script")
+    add = rules.add_argument
+    add("--exclude-crowds", action="store_true", help="leave iscrowd annotations out; official: kept")
+    add("--exclusive-sizes", action="store_true", help="count areas on a size bound once; official: twice")
+    add("--min-area", type=float, default=1, help="leave smaller annotations out; official: 1")
+    add("--no-corner-clicks", action="store_true", help="a perfect mask is done; official: clicked at (0, 0)")
+    add("--choose", choices=CHOICES, default=CHOICES[0], help="which mask counts; official: %(default)s")
+    add("--refine", type=_whole, default=0, help="times that the mask is fed back; official: 0")
+    add("--pad-shards", type=_whole, default=0, help="count the first images twice, as that many processes would")
+    return parser
