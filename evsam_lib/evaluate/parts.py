@@ -127,5 +127,6 @@ def _check_same(expected: dict, found: dict, path: Path) -> None:
 
 
 def _comparable(header: dict) -> dict:
-    settings = {key: value for key, value in header["settings"].items() if key not in _MAY_DIFFER}
+    settings = header["settings"] | header["settings"]["rules"]  # one by one, to be named in an error
+    settings = {key: value for key, value in settings.items() if key not in (*_MAY_DIFFER, "rules")}
     return settings | {"device": settings.get("device", "").split(":")[0], "jobs": header["jobs"]}
