@@ -19,13 +19,17 @@ __all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns its exit status: 0, or 2 for input that cannot be used."""
+    """The command line; returns its exit status: 0, 2 for input that cannot be used, 130 if interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
     except (ValueError, OSError, ImportError) as error:  # OSError: missing and unreadable files
         print(f"evsam_lib.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        part = parts.part_path(options.out, options.shard or _torchrun_shard() or (1, 1))
+        print(f"evsam_lib.evaluate: interrupted; --resume goes on with what {part} holds.", file=sys.stderr)
+        return 130  # what a shell reports for Ctrl-C
 
 
 def _run(options: argparse.Namespace) -> int:
