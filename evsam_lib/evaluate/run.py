@@ -80,7 +80,8 @@ def evaluate(
         batch: images encoded together; None is 1 on a CPU and 16 on a GPU.
         workers: threads that read ahead; None is none on a CPU and up to 8 on a GPU.
         evaluator: of AP, see `evsam_lib.scores`; None is pycocotools for COCO, faster-coco-eval for LVIS.
-        out: path of the result to be. Given one, a part file beside it holds what is done, image by image.
+        out: path of the result to be, which the caller writes. Given one, a part file beside it (`part_path`) holds
+            what is done, image by image; it stays.
         shard: (i, n), do the i-th of n shares (from 1); n above 1 needs `out`.
         resume: go on with the part file that an earlier run with the same settings left.
         weights: file the model was read from, for the summary.
@@ -196,9 +197,9 @@ def merge(files: list[Path], *, annotations: str | Path | None = None, evaluator
 
 def _finish(header: dict, lines: list[dict], *, evaluator: str | None) -> dict:
     """Scores all lines of a run. Masks leave the objects and become the results."""
-    start, settings = time.perf_counter(), header["settings"]
+    start, settings, twice = time.perf_counter(), header["settings"], set(header["twice"])
     objects = [record for line in lines for record in line["objects"]]
-    objects += [record for record in objects if record["image_id"] in set(header["twice"])]
+    objects += [record for record in objects if record["image_id"] in twice]
     result = {}
     if settings["prompt"] == "detector-box":
         keys = ("image_id", "category_id", "score", "segmentation")
