@@ -437,6 +437,7 @@ def test_an_image_of_another_size_than_the_file_says_stops_the_run(model, images
 
     class Wrong(list):
         images_dir, annotations_json, read = images.images_dir, images.annotations_json, images.read
+        generated = True
 
     with pytest.raises(ValueError, match=rf"Image {record.image_id} has .* made for {record.height} x"):
         ev.evaluate(model, Wrong([record]), prompt="detector-box", detections=detections)

@@ -245,7 +245,7 @@ def _provenance(model: Sam, images: CocoImages, weights: str | Path | None, dete
         found |= {name: None if path is None else str(path)}
         found |= {f"{name}_sha256": None if path is None else sha256(path)}
     return found | {
-        "generated": (Path(images.images_dir).parent / "generated.json").is_file(),
+        "generated": images.generated,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
