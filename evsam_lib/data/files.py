@@ -6,12 +6,13 @@ Shared by the loaders of this package; explained in notebook 03.
 import json
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_segmentation", "is_finite", "read_json", "read_rgb"]
+__all__ = ["decode_rgb", "decode_segmentation", "is_finite", "parse_json", "read_json", "read_rgb", "rle_text"]
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -27,13 +28,22 @@ def read_rgb(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Image {path} does not exist.")
+    return decode_rgb(path, name=path)
+
+
+def decode_rgb(source: Path | BinaryIO, *, name: str | Path) -> np.ndarray:
+    """A picture, in a file or in memory, as (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: if it is no readable picture; `name` says which.
+    """
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             if picture.mode[0] in "IF":  # I;16, I;16B, or 32 bits
                 return _eight_bits(np.asarray(picture), picture.mode)
             return np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Image {path} cannot be read, it is corrupt or no picture: {error}.") from error
+        raise ValueError(f"Image {name} cannot be read, it is corrupt or no picture: {error}.") from error
 
 
 def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
@@ -52,14 +62,23 @@ def read_json(path: Path, *keys: str) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Annotation file {path} does not exist.")
+    return parse_json(path.read_bytes(), *keys, name=path)
+
+
+def parse_json(content: bytes, *keys: str, name: str | Path) -> dict:
+    """A JSON object that must hold `keys`.
+
+    Raises:
+        ValueError: if it is not JSON, not an object, or lacks a key; `name` says which file.
+    """
     try:
-        content = json.loads(path.read_bytes())
+        parsed = json.loads(content)
     except ValueError as error:  # also raised for bytes that are no text
-        raise ValueError(f"Annotation file {path} is not valid JSON: {error}.") from error
+        raise ValueError(f"Annotation file {name} is not valid JSON: {error}.") from error
     for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"Annotation file {path} must be a JSON object with {key!r}, which is missing.")
-    return content
+        if not isinstance(parsed, dict) or key not in parsed:
+            raise ValueError(f"Annotation file {name} must be a JSON object with {key!r}, which is missing.")
+    return parsed
 
 
 def is_finite(value: object) -> bool:
@@ -83,30 +102,42 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, *, w
         ValueError: if it is malformed or made for another image size.
     """
     try:
-        if isinstance(segmentation, list):
-            if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-                raise ValueError("a polygon needs at least three x, y pairs")
-            rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        else:
-            size, counts = segmentation["size"], segmentation["counts"]
-            if list(size) != [height, width]:
-                raise ValueError(
-                    f"it is made for {size[0]} x {size[1]} pixels (H x W), the image has {height} x {width}"
-                )
-            if isinstance(counts, list):
-                if sum(counts) != height * width or min(counts) < 0:
-                    raise ValueError(f"its counts sum to {sum(counts)}, not to {height} x {width} pixels")
-                rle = coco_mask.frPyObjects(segmentation, height, width)
-            else:
-                rle = {"size": [height, width], "counts": _checked(counts, height * width)}
-        return coco_mask.decode(rle)
+        text = rle_text(segmentation, height, width)
+        if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
+            _check(text, height * width)
+        return coco_mask.decode({"size": [height, width], "counts": text})
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(f"Segmentation of {where} cannot be decoded: {error}.") from error
 
 
-def _checked(counts: str | bytes, pixels: int) -> bytes:
-    """Compressed counts whose runs fill the image exactly; pycocotools reads past the end of those that do not."""
-    counts = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+def rle_text(segmentation: list | dict, height: int, width: int) -> bytes:
+    """The compressed counts of a COCO segmentation; those that come as text are passed on unchecked.
+
+    Args:
+        segmentation: as for `decode_segmentation`.
+        height: of the image.
+        width: of the image.
+
+    Raises:
+        ValueError: if it is made for another size, a polygon is none, or listed counts do not fill the image.
+        TypeError, KeyError, AttributeError, IndexError: if it is no segmentation at all.
+    """
+    if isinstance(segmentation, list):
+        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+            raise ValueError("a polygon needs at least three x, y pairs")
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"]
+    size, counts = segmentation["size"], segmentation["counts"]
+    if list(size) != [height, width]:
+        raise ValueError(f"it is made for {size[0]} x {size[1]} pixels (H x W), the image has {height} x {width}")
+    if isinstance(counts, list):
+        if sum(counts) != height * width or min(counts) < 0:
+            raise ValueError(f"its counts sum to {sum(counts)}, not to {height} x {width} pixels")
+        return coco_mask.frPyObjects(segmentation, height, width)["counts"]
+    return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+
+
+def _check(counts: bytes, pixels: int) -> None:
+    """Refuses compressed counts that do not fill the image exactly: pycocotools would read past their end."""
     runs: list[int] = []
     value = shift = 0
     for byte in counts:
@@ -122,4 +153,3 @@ def _checked(counts: str | bytes, pixels: int) -> bytes:
             value = shift = 0
     if shift or sum(runs) != pixels or min(runs) < 0:
         raise ValueError(f"its counts sum to {sum(runs)}, the image has {pixels} pixels")
-    return counts

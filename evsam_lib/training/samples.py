@@ -5,8 +5,8 @@ Paper: Sec. 3.2 (up to 64 masks per image); mirroring is the only augmentation o
 Geometry follows the official loader: flip first, then resize the long side, then pad right and below with zeros. Masks
 are resized with the same antialiased bilinear filter as images and never binarised, so targets have soft edges. Two
 deliberate differences: the image is resized as the Predictor does it (on uint8; at most one grey level apart, and about
-20 times faster), and masks are decoded and resized one at a time, which keeps the memory of one full-size mask instead
-of 64.
+20 times faster), and targets are computed from the run lengths (`data.runs`: 2e-5 apart at most), or, where they are
+decoded, one at a time, which keeps the memory of one full-size mask instead of 64.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ __all__ = [
     "resize_and_pad",
     "training_sample",
 ]
+
+TARGETS = ("sampled", "official")
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ def training_sample(
     masks_per_image: int = 64,
     exact: bool = False,
     hflip: float = 0.5,
+    how: str = "sampled",
     generator: torch.Generator,
 ) -> Sample:
     """Make a training sample of a record; a pure function of its arguments and the generator's state.
 
     Args:
-        data: the folder the record comes from; it decodes the masks.
+        data: what the record comes from; it has `runs` (folder, tars, stream) or `masks` (anything else).
         record: image, masks and boxes.
         model: gives the input size, the prompt frame and `preprocess`.
         target_px: T, side of the mask targets: the input size S in the official recipe; the decoder's own resolution
@@ -73,14 +76,19 @@ def training_sample(
         masks_per_image: how many masks to draw.
         exact: official rule, see `choose_masks`.
         hflip: probability of mirroring.
+        how: "sampled" computes targets from the run lengths, where `data` has them; "official" decodes masks at full
+            size and resizes them. The same values to 2e-5.
         generator: drawn from in this order: flip, masks.
 
     Returns:
         A `Sample`.
 
     Raises:
-        ValueError: the model stretches its images (EfficientSAM); targets and boxes here keep the aspect.
+        ValueError: unknown `how`, or the model stretches its images (EfficientSAM); targets and boxes here keep the
+            aspect.
     """
+    if how not in TARGETS:
+        raise ValueError(f"unknown way to make targets {how!r}: expected one of {', '.join(TARGETS)}")
     if not isinstance(model.frame, transforms.LongestSide):
         raise ValueError(f"{model.name} stretches its images; training needs a model that keeps their aspect.")
     height, width = record.image.shape[:2]
@@ -92,7 +100,7 @@ def training_sample(
     return Sample(
         image_id=record.image_id,
         image=model.preprocess(np.ascontiguousarray(image)),
-        masks=_targets(data, record, chosen, target_px, flipped),
+        masks=_targets(data, record, chosen, target_px, flipped, how),
         boxes=boxes_to_frame(boxes, (height, width), image_size=model.image_size, frame_size=model.frame_size),
         flipped=flipped,
     )
@@ -179,10 +187,14 @@ def resize_and_pad(maps: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(small, (0, size - width, 0, size - height))
 
 
-def _targets(data: "Sa1bFolder", record: "Sa1bRecord", chosen: torch.Tensor, size: int, flipped: bool) -> torch.Tensor:
-    """Soft targets (M, size, size): decoded, mirrored and resized one at a time; a repeated mask is done once."""
+def _targets(
+    data: "Sa1bFolder", record: "Sa1bRecord", chosen: torch.Tensor, size: int, flipped: bool, how: str
+) -> torch.Tensor:
+    """Soft targets (M, size, size)."""
+    if how == "sampled" and hasattr(data, "runs"):
+        return torch.from_numpy(data.runs(record, chosen.tolist()).soft(size, flip=flipped))
     targets = torch.zeros(len(chosen), size, size)
-    for index in chosen.unique().tolist():
+    for index in chosen.unique().tolist():  # one at a time; a repeated mask is done once
         mask = torch.from_numpy(np.asarray(data.masks(record, [index]))).float()  # (1, H, W)
         targets[chosen == index] = resize_and_pad(mask.flip(-1) if flipped else mask, size)[0]
     return targets
