@@ -70,9 +70,9 @@ class Runs:
         return out
 
     def shrink(self, size: int) -> list[dict]:
-        """Re-encodes masks at training size: pixels whose soft target is 0.5 or more.
+        """Re-encodes masks at training size: pixels whose soft target is at least half the mask's largest.
 
-        A mask too thin to reach 0.5 anywhere keeps the pixels where it is strongest, so that no mask vanishes.
+        That is 0.5 wherever a mask covers a pixel; a line thinner than a new pixel stays a line and does not vanish.
 
         Args:
             size: long side of the new masks in pixels.
@@ -82,7 +82,7 @@ class Runs:
         """
         height, width = _small_hw(self, size)
         soft = self.soft(size)[:, :height, :width]
-        level = np.minimum(soft.max(axis=(1, 2), initial=0.0, keepdims=True), 0.5)
+        level = soft.max(axis=(1, 2), initial=0.0, keepdims=True) / 2
         hard = (soft >= level) & (level > 0)
         encoded = coco_mask.encode(np.asfortranarray(hard.transpose(1, 2, 0), dtype=np.uint8))
         return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in encoded]

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ON_ERROR", "Skipping", "guarded", "summary"]
+__all__ = ["ON_ERROR", "Skipped", "Skipping", "check_on_error", "guarded"]
 
 ON_ERROR = ("skip", "raise")
 _IN_A_ROW = 100  # so many broken images one after the other are a broken disk or a wrong folder
@@ -20,9 +20,60 @@ def guarded(data: Any, *, on_error: str, log: str | Path | None = None) -> Any:
     Raises:
         ValueError: `on_error` is neither.
     """
+    check_on_error(on_error)
+    return Skipping(data, log=log) if on_error == "skip" else data
+
+
+def check_on_error(on_error: str) -> None:
+    """Raises ValueError unless `on_error` is "skip" or "raise"."""
     if on_error not in ON_ERROR:
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
-    return Skipping(data, log=log) if on_error == "skip" else data
+
+
+class Skipped:
+    """Which images were skipped and why: a number and a reason, in a file that many processes may share."""
+
+    def __init__(self, log: Path | None) -> None:
+        """Starts a list.
+
+        Args:
+            log: file to add lines to; None keeps this process's own in memory.
+        """
+        self.log = log
+        self._own: dict[int, str] = {}
+
+    def add(self, index: int, reason: str) -> None:
+        """Notes an image, once per process; the line is whole even where many processes write at once."""
+        if index in self._own:
+            return
+        self._own[index] = " ".join(reason.split())
+        if self.log is None:
+            return
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, f"{index}\t{self._own[index]}\n".encode())
+        finally:
+            os.close(file)
+
+    def read(self) -> dict[int, str]:
+        """All that were skipped, by all processes that share the file, in order."""
+        if self.log is None:
+            return dict(sorted(self._own.items()))
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        found = (line.split("\t", 1) for line in lines)
+        return dict(sorted((int(index), reason) for index, reason in found))
+
+    @staticmethod
+    def summary(skipped: dict[int, str], count: int, *, show: int = 5) -> str:
+        """In a few lines: how many of `count` images were skipped, and why the first `show` of them."""
+        if not skipped:
+            return f"All {count} images could be read."
+        lines = [f"{len(skipped)} of {count} images were skipped:"]
+        lines += [f"  {reason}" for reason in list(skipped.values())[:show]]
+        if len(skipped) > show:
+            lines.append(f"  and {len(skipped) - show} more")
+        return "\n".join(lines)
 
 
 class Skipping:
@@ -40,8 +91,7 @@ class Skipping:
             log: file to which every process adds a line per skipped image; without it each process knows its own only.
         """
         self.data = data
-        self.log = None if log is None else Path(log)
-        self._found: dict[int, str] = {}  # of this process
+        self.skipped = Skipped(None if log is None else Path(log))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -63,45 +113,15 @@ class Skipping:
                 self.data.runs(record, range(len(record.rles)))
                 return record
             except (FileNotFoundError, ValueError) as error:
-                self._note(place, str(error))
-        raise ValueError(f"{step + 1} images in a row cannot be read, the last one because: {self._found[place]}")
+                reason = str(error)
+                self.skipped.add(place, reason)
+        raise ValueError(f"{step + 1} images in a row cannot be read, the last one because: {reason}")
 
     def __getattr__(self, name: str) -> Any:
         if name in ("data", "__setstate__"):  # while it is unpickled
             raise AttributeError(name)
         return getattr(self.data, name)
 
-    def problems(self) -> dict[int, str]:
-        """Index and reason of every image skipped so far, by all processes that share the log."""
-        if self.log is None or not self.log.is_file():
-            return dict(sorted(self._found.items()))
-        lines = (line.split("\t", 1) for line in self.log.read_text().splitlines())
-        return dict(sorted({int(index): reason for index, reason in lines}.items()))
-
-    def _note(self, index: int, reason: str) -> None:
-        if index not in self._found:
-            self._found[index] = reason
-            if self.log is not None:
-                append(self.log, index, reason)
-
-
-def append(log: Path, index: int, reason: str) -> None:
-    """Adds one line, whole even where many processes write at once."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    line = f"{index}\t{' '.join(reason.split())}\n".encode()
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)
-
-
-def summary(problems: dict[int, str], count: int, *, show: int = 5) -> str:
-    """What was skipped, in a few lines: how many of `count` images, and why the first `show` of them."""
-    if not problems:
-        return f"All {count} images could be read."
-    lines = [f"{len(problems)} of {count} images were skipped:"]
-    lines += [f"  {reason}" for reason in list(problems.values())[:show]]
-    if len(problems) > show:
-        lines.append(f"  and {len(problems) - show} more")
-    return "\n".join(lines)
+    def summary(self) -> str:
+        """A few lines for the end of a run."""
+        return Skipped.summary(self.skipped.read(), len(self.data))

@@ -10,6 +10,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -143,5 +144,6 @@ def _save(file: Path, rows: np.ndarray) -> None:
             np.save(out, rows)
         temporary.replace(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         warnings.warn(f"The index {file} cannot be kept ({error.strerror}): name a cache folder.", stacklevel=4)
