@@ -399,7 +399,7 @@ def test_ranks_share_the_images(chunks, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         seen.append([record.image_id for batch in data.loader(2, seed=1) for record in batch])
     assert len(seen[0]) == len(seen[1]) == COUNT // 2
-    assert sorted(sum(seen, [])) == list(range(1, COUNT + 1))
+    assert sorted(seen[0] + seen[1]) == list(range(1, COUNT + 1))
     assert len(data) == COUNT
 
 
