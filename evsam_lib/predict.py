@@ -49,8 +49,7 @@ class Predictor:
             ValueError: another type or shape.
         """
         self.reset_image()
-        pixels = self.model.preprocess(image)[None]
-        self.features = self.model.encode(pixels.to(self.model.device, self.model.dtype))
+        self.features = self.model.embed(image)
         self.original_size = image.shape[:2]
 
     @torch.inference_mode()

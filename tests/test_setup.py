@@ -150,7 +150,7 @@ def test_make_alone_explains_itself_and_installs_nothing(checkout):
 @needs_make
 def test_targets_set_up_once_and_again_when_the_lock_changes(checkout):
     assert call(checkout, "make", "mini").returncode == 0
-    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,dev]"
+    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,onnx,dev]"
     mini = "-m evsam_lib.run --profile mini"
     assert calls(checkout) == ["-m venv --clear .venv", install, mini]
 

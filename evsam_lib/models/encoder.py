@@ -33,6 +33,9 @@ class LayerNorm2d(nn.Module):
         dtype = x.dtype
         with without_autocast(x):
             x = x.float() if dtype in (torch.float16, torch.bfloat16) else x
+            if torch.compiler.is_exporting():  # one operation of the graph, which knows it for the last axis only
+                x = F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias, self.eps)
+                return x.movedim(-1, 1).to(dtype)
             x = x - x.mean(dim=1, keepdim=True)
             x = x / torch.sqrt(x.square().mean(dim=1, keepdim=True) + self.eps)
             return (x * self.weight[:, None, None] + self.bias[:, None, None]).to(dtype)

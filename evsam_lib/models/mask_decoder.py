@@ -212,7 +212,7 @@ class MaskDecoder(nn.Module):
         sparse: Tensor,
         dense: Tensor,
         *,
-        multimask_output: bool = True,
+        multimask_output: bool | None = True,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Predicts masks for N prompts on each of B images.
@@ -222,18 +222,20 @@ class MaskDecoder(nn.Module):
             image_code: (C, h, w) float, position encoding of the cells.
             sparse: (B, N, T, C) float, prompt tokens.
             dense: (B, N, C, h, w) or (1, 1, C, 1, 1) float, mask prompts.
-            multimask_output: three masks for an ambiguous prompt, or the single one.
+            multimask_output: three masks for an ambiguous prompt, or the single one; None for all four, the single
+                one first.
             valid: (B, N, T) bool, False where a prompt token is padding of a ragged batch and must not be seen.
 
         Returns:
-            low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), K = 3 or 1.
+            low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), K = 3, 1 or 4.
         """
         grid = embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(*sparse.shape[:2], -1, -1)
         tokens = torch.cat([own, sparse], dim=2)  # (B, N, 5 + T, C)
         mask = None if valid is None else F.pad(valid, (own.shape[2], 0), value=True)
         image = (embedding[:, None] + dense).flatten(-2).mT.contiguous()  # (B, 1 or N, h w, C)
-        chosen = range(1, self.mask_tokens_count) if multimask_output else range(1)
+        first = 1 if multimask_output else 0
+        chosen = range(first, 1 if multimask_output is False else self.mask_tokens_count)
         read = [0, *(1 + i for i in chosen)]  # the IoU token and the chosen masks' tokens
         tokens, image = self.transformer(tokens, image, image_code.flatten(-2).mT.contiguous(), mask, read)
         heads = [self.output_hypernetworks_mlps[i] for i in chosen]

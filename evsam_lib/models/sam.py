@@ -83,6 +83,14 @@ class Sam(nn.Module):
         """(B, 3, S, S) as `preprocess` makes them -> image embedding (B, C, grid, grid)."""
         return self.image_encoder(images)
 
+    def embed(self, image: np.ndarray) -> Tensor:
+        """(H, W, 3) uint8 RGB -> its embedding (1, C, grid, grid) on the model's device.
+
+        Raises:
+            ValueError: the image is not uint8 RGB.
+        """
+        return self.encode(self.preprocess(image)[None].to(self.device, self.dtype))
+
     def decode(
         self,
         embedding: Tensor,

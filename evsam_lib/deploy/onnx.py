@@ -1,0 +1,346 @@
+"""Models as ONNX files, checked before they get their names, and verified against PyTorch.
+
+    python -m evsam_lib.deploy.onnx export MODEL --weights mini|official|PATH|random --out DIR
+    python -m evsam_lib.deploy.onnx verify DIR
+
+`encoder.onnx`, `decoder.onnx` and `pipeline.onnx` (both in one) say in their metadata what they are and what goes in.
+torch's exporter by tracing to FX is used: the older TorchScript one has no operator for the decoder and makes an
+encoder of twice the nodes. Exit code 0: done; 1: beyond the bounds; 2: wrong request. Notebook 06 uses it.
+"""
+
+import argparse
+import contextlib
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as functional
+
+from evsam_lib import __version__
+from evsam_lib.deploy.card import Card, fingerprint, need
+from evsam_lib.deploy.graphs import PARTS, SELECT, build_graph
+from evsam_lib.models.sam import Sam
+from evsam_lib.models.weights import sha256
+from evsam_lib.models.zoo import load_model, weights_path
+
+__all__ = ["MIN_OPSET", "OPSET", "export", "load_weights", "main"]
+
+OPSET = 20  # the first with GELU as one operation; TensorRT 10 and onnxruntime 1.17 read it
+MIN_OPSET = 18  # what torch's exporter writes; layer norm is one operation since 17
+ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; a larger graph keeps its weights in a second file
+_ANY = {"batch": 2, "prompts": 3, "points": 4, "height": 96, "width": 160}  # example lengths, none of them 1
+
+
+def export(
+    model: Sam,
+    folder: str | Path,
+    *,
+    parts: tuple[str, ...] = ("encoder", "decoder"),
+    opset: int = OPSET,
+    select: str = "all",
+    uint8_input: bool = False,
+    mask_input: bool = False,
+    upsample: bool = False,
+    weights: str = "",
+    weights_sha256: str = "",
+    say: Callable[[str], object] = lambda line: None,
+) -> dict[str, Path]:
+    """Writes graphs of a model, each complete and checked or not at all.
+
+    Args:
+        model: on the CPU, float32, in evaluation mode.
+        folder: of the files, made if need be.
+        parts: of "encoder", "decoder", "pipeline".
+        opset: of ONNX, 18 or more.
+        select: "all" four masks of a prompt, or the "best" of the three for multimask output.
+        uint8_input: the encoder takes bytes and normalises inside, see `graphs.PaddedPixels`.
+        mask_input: prompts may hold a mask.
+        upsample: masks come out at the original size too.
+        weights: where the model's weights are from: "mini", "official", "random" or a file's name; kept in the card.
+        weights_sha256: of that file.
+        say: takes lines of progress.
+
+    Returns:
+        Part -> path.
+
+    Raises:
+        ValueError: an unknown part or choice, an opset out of reach, a model that cannot be exported this way.
+        ModuleNotFoundError: onnx or onnxscript is not installed.
+    """
+    need("onnx", "onnxscript")
+    _check_request(model, parts, opset, select)
+    folder = Path(folder)
+    options = {"select": select, "uint8_input": uint8_input, "mask_input": mask_input, "upsample": upsample}
+    graphs = {part: build_graph(part, model, **options) for part in parts}  # refusals come before any work
+    known = {"weights": weights, "weights_sha256": weights_sha256, "state_sha256": fingerprint(model)}
+    paths = {}
+    for part, graph in graphs.items():
+        card = _card(part, model, graph, opset=opset, **options, **known)
+        paths[part] = _write(graph, card, folder)
+        say(f"{paths[part]}: {_size(paths[part]):.1f} MB, opset {opset}")
+    return paths
+
+
+def load_weights(name: str, weights: str | Path) -> tuple[Sam, dict[str, str]]:
+    """A model as the command line names it, and where its weights are from, as `export` wants to know.
+
+    Args:
+        name: of the zoo.
+        weights: "mini", "official", a path, or "random": a start that is the same every time and leaves no layer
+            silent, unlike the official start, whose residual branches end in a zero.
+    """
+    if weights == "random":
+        torch.manual_seed(0)
+        model = load_model(name)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d) and not module.weight.any():
+                torch.nn.init.constant_(module.weight, 0.3)
+        return model, {"weights": "random", "weights_sha256": ""}
+    model = load_model(name, weights)
+    path = weights_path(name, weights)
+    label = weights if weights in ("mini", "official") else path.name
+    return model, {"weights": str(label), "weights_sha256": sha256(path)}
+
+
+def _check_request(model: Sam, parts: tuple[str, ...], opset: int, select: str) -> None:
+    import onnx
+
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"Unknown part {unknown[0]!r}; there are {', '.join(PARTS)}.")
+    if select not in SELECT:
+        raise ValueError(f"select must be 'all' or 'best', got {select!r}.")
+    if opset < MIN_OPSET:
+        raise ValueError(
+            f"Opset {opset} is too old: the exporter of torch {torch.__version__} writes {MIN_OPSET} or later; "
+            f"leave it at {OPSET}, or take {MIN_OPSET} for an old engine."
+        )
+    if opset > onnx.defs.onnx_opset_version():
+        newest = onnx.defs.onnx_opset_version()
+        raise ValueError(f"Opset {opset} is unknown to onnx {onnx.__version__}, which ends at {newest}; take {OPSET}.")
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        raise ValueError(f"Export needs a float32 model on the CPU, got {model.dtype} on {model.device}.")
+
+
+def _card(part: str, model: Sam, graph: torch.nn.Module, **known) -> Card:
+    slots = 0 if part == "encoder" else getattr(graph, "decoder", graph).slots
+    return Card(
+        part=part,
+        model=model.name,
+        study_version=__version__,
+        frame=model.frame,
+        best_by=model.best_by,
+        grid=model.grid,
+        embed_dim=model.embed_dim,
+        padding_point=not slots,
+        slots=slots,
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        **known,
+    )
+
+
+def _write(graph: torch.nn.Module, card: Card, folder: Path) -> Path:
+    """Exports into a folder of its own, checks what is there, and moves it into place: weights first, graph last."""
+    import onnx
+
+    program = _trace(graph, card)
+    _average_by_axis(program.model)
+    _tidy(program.model, card)
+    program.model.metadata_props.update(card.to_properties())
+    name = f"{card.part}.onnx"
+    size = sum(tensor.nbytes for tensor in graph.state_dict().values())
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as partial:
+        program.save(Path(partial) / name, external_data=size > ONE_FILE_BYTES)
+        onnx.checker.check_model(str(Path(partial) / name), full_check=True)  # shape inference, strictly, is part of it
+        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == name):
+            file.replace(folder / file.name)
+    return folder / name
+
+
+def _trace(graph: torch.nn.Module, card: Card):
+    """The graph as an onnx program, its open axes named."""
+    examples, axes = {}, {}
+    for port in card.inputs:
+        shape = [_ANY.get(length, length) for length in port.shape]
+        examples[port.name] = torch.ones(shape, dtype=getattr(torch, port.dtype))
+        axes[port.name] = {i: length for i, length in enumerate(port.shape) if isinstance(length, str)}
+    if "original_size" in examples:
+        examples["original_size"] = torch.tensor([_ANY["height"], _ANY["width"]])
+    with torch.no_grad(), _plain_operations(), _quietly():
+        return torch.onnx.export(
+            graph,
+            kwargs=examples,
+            dynamic_shapes=axes,
+            output_names=[port.name for port in card.outputs],
+            opset_version=card.opset,
+            dynamo=True,
+            verbose=False,
+        )
+
+
+@contextlib.contextmanager
+def _plain_operations():
+    """Attention and group norm as the operations they are made of, for the exporter alone."""
+    ours = {"scaled_dot_product_attention": _attention, "group_norm": _group_norm}
+    theirs = {name: getattr(functional, name) for name in ours}
+    try:
+        for name, function in ours.items():
+            setattr(functional, name, function)
+        yield
+    finally:
+        for name, function in theirs.items():
+            setattr(functional, name, function)
+
+
+def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """The exporter's own has to have 4 axes, and multiplies the long keys by a scale."""
+    scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
+    if attn_mask is not None:
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, float("-inf")) if hidden else scores + attn_mask
+    return scores.softmax(-1) @ v
+
+
+def _group_norm(x, groups, weight, bias, eps):
+    """The exporter's own is an InstanceNormalization, in which onnxruntime errs by 1e-3 on a million values."""
+    y = x.unflatten(1, (groups, -1))  # (B, groups, C, h, w)
+    y = y - y.mean(dim=(2, 3, 4), keepdim=True)
+    y = y / torch.sqrt(y.square().mean(dim=(2, 3, 4), keepdim=True) + eps)
+    return y.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without the exporter's notes on its own insides."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", module="torch.onnx")
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _average_by_axis(model) -> None:
+    """Splits a mean over several axes into one for each: onnxruntime adds the values up one by one.
+
+    Over 256 x 256 cells that costs a digit (1.5e-6 instead of 2e-7), and EdgeSAM's embedding errs by 1e-3.
+    """
+    import onnx_ir
+
+    for node in list(model.graph.all_nodes()):
+        if node.op_type != "ReduceMean" or node.attributes.get_int("keepdims", 1) != 1:
+            continue
+        axes = node.inputs[1].const_value.numpy()
+        value = node.inputs[0]
+        for axis in axes[:0:-1].tolist():
+            step = onnx_ir.node("ReduceMean", [value, _axis(model, node, axis)], attributes={"keepdims": 1})
+            model.graph.insert_before(node, step)
+            value = step.outputs[0]
+        node.replace_input_with(0, value)
+        node.replace_input_with(1, _axis(model, node, int(axes[0])))
+
+
+def _axis(model, node, axis: int):
+    """A constant of the graph."""
+    import onnx_ir
+
+    name = f"{node.outputs[0].name}_axis_{axis}"
+    tensor = onnx_ir.tensor([axis], dtype=onnx_ir.DataType.INT64, name=name)
+    value = onnx_ir.Value(
+        name=name, const_value=tensor, shape=onnx_ir.Shape([1]), type=onnx_ir.TensorType(tensor.dtype)
+    )
+    model.graph.register_initializer(value)
+    return value
+
+
+def _tidy(model, card: Card) -> None:
+    """Names the outputs' axes; removes the exporter's notes on every operation, which name this machine's folders."""
+    import onnx_ir
+
+    for output, port in zip(model.graph.outputs, card.outputs, strict=True):
+        output.shape = onnx_ir.Shape(port.shape)
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+
+
+def _size(path: Path) -> float:
+    """Megabytes of a graph and the weights beside it."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")) / 1e6
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        need("onnx", "onnxruntime", "onnxscript")
+        return _export(options) if options.command == "export" else _verify(options)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"evsam_lib.deploy.onnx: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"evsam_lib.deploy.onnx: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _export(options: argparse.Namespace) -> int:
+    parts = {"all": PARTS, None: ("encoder", "decoder")}.get(options.part, (options.part,))
+    model, known = load_weights(options.model, options.weights)
+    names = ("opset", "select", "uint8_input", "mask_input", "upsample")
+    export(model, options.out, parts=parts, **{name: getattr(options, name) for name in names}, **known, say=print)
+    print(f"check it with: python -m evsam_lib.deploy.onnx verify {options.out}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
+    from evsam_lib.deploy.verify import verify
+
+    rows = verify(options.folder, weights=options.weights)
+    cells = [(r.part, r.case, r.output, f"{r.error:.1e}", f"{r.bound:.1e}", "ok" if r.ok else "BEYOND") for r in rows]
+    print(tabulate(cells, headers=("graph", "case", "output", "error", "bound", ""), disable_numparse=True))
+    beyond = sum(not row.ok for row in rows)
+    print(f"{len(rows)} comparisons with PyTorch, {beyond} beyond the bound")
+    return 1 if beyond else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m evsam_lib.deploy.onnx", description="Exports and verifies.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("export", help="write ONNX files of a model of the zoo")
+    make.add_argument("model", help="such as efficientvit-sam-l0")
+    make.add_argument("--weights", required=True, help="mini, official, a path, or random")
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the files")
+    make.add_argument("--part", help="encoder, decoder, pipeline, or all (default: the first two)")
+    make.add_argument("--opset", type=int, default=OPSET, help=f"of ONNX, {MIN_OPSET} or later (default {OPSET})")
+    make.add_argument("--select", default="all", help="all four masks of a prompt (the default), or the best of three")
+    make.add_argument("--uint8-input", action="store_true", help="images come as bytes, normalised inside")
+    make.add_argument("--mask-input", action="store_true", help="prompts may hold a mask")
+    make.add_argument("--upsample", action="store_true", help="masks at the original size come out too")
+    check = commands.add_parser("verify", help="hold exported files to PyTorch; exit code 1 beyond the bounds")
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.add_argument("--weights", help="the weight file, where the export was given a path")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
