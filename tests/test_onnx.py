@@ -263,7 +263,7 @@ class TestFiles:
             model=onnx_ir.load(folder / "encoder.onnx"), save=lambda path, external_data: path.write_bytes(b"half")
         )
         monkeypatch.setattr(exporter, "_trace", lambda graph, card: program)
-        with pytest.raises(Exception, match="parse"):
+        with pytest.raises(onnx.checker.ValidationError):
             export(model, tmp_path, parts=("encoder",), **known)
         assert [file.name for file in tmp_path.iterdir()] == ["encoder.onnx"]
         assert (tmp_path / "encoder.onnx").read_bytes() == before
@@ -337,7 +337,7 @@ class TestBadInput:
     def test_folder_without_graphs(self, tmp_path, capsys):
         assert main(["verify", str(tmp_path)]) == 2
         assert "export them first" in capsys.readouterr().err
-        with pytest.raises(FileNotFoundError, match=r"No encoder.onnx and no decoder.onnx in .* deploy.onnx export"):
+        with pytest.raises(FileNotFoundError, match=r"No encoder.onnx and no decoder.onnx in .*deploy.onnx export"):
             load_engine(tmp_path)
 
     def test_damaged_and_foreign_files(self, folder, tmp_path):
