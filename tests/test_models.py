@@ -24,7 +24,12 @@ VARIANTS = ("l0", "l1", "l2", "xl0", "xl1")
 EMBEDDING_ATOL, LOGITS_ATOL, IOU_ATOL = 2e-5, 1e-4, 1e-4
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+LARGE = ("l2", "xl0", "xl1")  # twenty seconds for weights alone
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(v, marks=pytest.mark.slow if v in LARGE else ()) for v in VARIANTS]
+)
 def golden(request, tmp_path_factory):
     """The official outputs of one variant, and our model with the same weights and the reference image set."""
     record = json.loads((GOLDEN / f"efficientvit_sam_{request.param}.json").read_text())
