@@ -79,6 +79,25 @@ class Predictor:
             RuntimeError: no image was set.
             ValueError: no prompt, or one of another shape.
         """
+        low_res, iou = self.predict_low_res(point_coords, point_labels, box, mask_input, multimask_output)
+        return self._upscaled(low_res[None], return_logits)[0], iou.cpu().numpy(), low_res.cpu().numpy()
+
+    @torch.inference_mode()
+    def predict_low_res(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """`predict` without its last step, the enlarging: for those who want one of the masks, or another size.
+
+        Args and errors are those of `predict`.
+
+        Returns:
+            Low-res logits (K, 4h, 4w) and predicted IoU (K,), float32 tensors on the model's device.
+        """
         self._require_image()
         if point_coords is None and box is None and mask_input is None:
             raise ValueError("A prompt needs points, a box or a mask, none was given.")
@@ -89,11 +108,7 @@ class Predictor:
         low_res, iou = self.model.decode(
             self.features, coords, codes, mask_input=masks, multimask_output=multimask_output
         )
-        return (
-            self._upscaled(low_res[0], return_logits)[0],
-            iou[0, 0].float().cpu().numpy(),
-            low_res[0, 0].float().cpu().numpy(),
-        )
+        return low_res[0, 0].float(), iou[0, 0].float()
 
     @torch.inference_mode()
     def predict_batch(
