@@ -35,7 +35,7 @@ def sample(name: str) -> np.ndarray:
     if not SAMPLES[name]:
         from evsam_lib.data.generate import scene
 
-        return scene(11, 3, size=(384, 512)).image
+        return scene(11, 7, size=(384, 512)).image
     from skimage import data
 
     return to_rgb(getattr(data, SAMPLES[name])())

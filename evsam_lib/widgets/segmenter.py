@@ -280,15 +280,22 @@ class Segmenter:
         path.write_bytes(self.encoded(path.suffix.lower()))
         return path
 
-    def show(self, ax: Axes | None = None, *, title: str = "") -> Axes:
-        """Draws picture, masks and prompts with matplotlib, at the size of the view."""
+    def show(self, ax: Axes | None = None, *, items: tuple[Item, ...] | None = None, title: str = "") -> Axes:
+        """Draws picture, masks and prompts with matplotlib, at the size of the view.
+
+        Args:
+            ax: where to draw; a new figure if None.
+            items: `items` of an earlier moment; None for those of now.
+            title: stands above.
+        """
         height, width = self.view_hw
         picture = self.image
         if picture.shape[:2] != self.view_hw:
             picture = np.asarray(Image.fromarray(picture).resize((width, height)))
         ax = show_image(picture, ax, title=title)
         scale = np.array([width, height]) / self.size_hw[::-1]
-        for item in sorted(self.masked(), key=lambda item: -item.mask(self.view_hw).sum()):
+        there = [item for item in (self.items if items is None else items) if item.answer is not None]
+        for item in sorted(there, key=lambda item: -item.mask(self.view_hw).sum()):
             show_masks(ax, item.mask(self.view_hw), colors=[item.color])
             if item.box:
                 show_boxes(ax, np.array(item.box) * np.tile(scale, 2), colors=[item.color])
