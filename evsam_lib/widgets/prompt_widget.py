@@ -28,7 +28,7 @@ from evsam_lib.widgets.state import Item
 __all__ = ["PromptWidget", "model_choices"]
 
 STATIC = Path(__file__).parent / "static"
-THUMB = 96  # longest side of the small pictures of the three masks, pixels
+THUMB = 256  # longest side at which the small pictures of the three masks are made, pixels
 
 
 def model_choices() -> dict[str, str]:
@@ -231,14 +231,22 @@ class PromptWidget(anywidget.AnyWidget):
         }
 
     def _candidates(self) -> list[dict[str, Any]]:
-        """The three masks of the current object, small."""
+        """The three masks of the current object, cut to the part of the picture (shares of it, XYXY) they lie in."""
         item, (height, width) = self.segmenter.current, self.segmenter.view_hw
         if item.answer is None:
             return []
-        scale = THUMB / max(height, width)
+        scale = min(1.0, THUMB / max(height, width))
         hw = max(round(height * scale), 1), max(round(width * scale), 1)
+        masks = [item.answer.mask(k, hw) for k in range(len(item.answer.iou))]
+        x0, y0, x1, y1 = _window(np.logical_or.reduce(masks))
+        window = [x0 / hw[1], y0 / hw[0], x1 / hw[1], y1 / hw[0]]
         return [
-            {"iou": float(iou), "png": mask_png(item.answer.mask(k, hw), item.color), "shown": k == item.shown}
+            {
+                "iou": float(iou),
+                "png": mask_png(masks[k][y0:y1, x0:x1], item.color),
+                "window": window,
+                "shown": k == item.shown,
+            }
             for k, iou in enumerate(item.answer.iou)
         ]
 
@@ -261,6 +269,19 @@ class PromptWidget(anywidget.AnyWidget):
         if "EVSAM_RUNNING" in os.environ:  # the runner: nobody watches, and readers later have no kernel
             data = {key: value for key, value in data.items() if "widget-view" not in key}
         return data, metadata
+
+
+def _window(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """XYXY of a part of the picture around a mask, at its aspect, not too small; all of it for an empty mask."""
+    height, width = mask.shape
+    if not mask.any():
+        return 0, 0, width, height
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    share = max(np.ptp(rows) / height, np.ptp(columns) / width) * 1.3
+    side = [max(round(min(max(share, 0.2), 1.0) * n), 1) for n in (width, height)]
+    middle = [(columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2]
+    start = [int(min(max(m - s / 2, 0), n - s)) for m, s, n in zip(middle, side, (width, height), strict=True)]
+    return (*start, start[0] + side[0], start[1] + side[1])
 
 
 def _drawn(item: Item, view_hw: tuple[int, int], size_hw: tuple[int, int]) -> dict[str, Any]:

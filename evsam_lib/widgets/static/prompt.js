@@ -10,20 +10,20 @@ const MIMES = { ".png": "image/png", ".json": "application/json", ".npz": "appli
 
 const HELP = {
   "Pointer": [
-    ["click", "this belongs to the object"], ["right click, Shift + click", "this does not"],
-    ["drag", "a box around the object"], ["wheel", "zoom, once the widget has been clicked, or with Ctrl"],
-    ["Space + drag, middle button", "move the picture"], ["drop a file", "open your own picture"],
+    ["click", "this belongs to the object"], ["Shift + click", "this does not; also right click"],
+    ["drag", "a box around the object"], ["wheel", "zoom, after a click here or with Ctrl"],
+    ["Space + drag", "move; also middle button"], ["drop a file", "open your own picture"],
   ],
   "Objects": [
-    ["N", "next object"], ["Z  Y", "undo, redo"], ["Del", "remove the object"], ["C", "clear all"],
+    ["N", "next object"], ["Z", "undo"], ["Y", "redo"], ["Del", "remove the object"], ["C", "clear all"],
     ["1 2 3", "choose among three masks"], ["0", "the model's choice"], ["F", "feed the last mask back"],
   ],
   "View": [
     ["H", "preview under the pointer"], ["+ −", "zoom"], ["R", "whole picture"], ["[ ]", "opacity"], ["?", "this help"],
   ],
   "Without a mouse": [
-    ["arrow keys", "move a cursor, with Shift by one pixel"], ["Enter", "this belongs to the object"],
-    ["Shift + Enter", "this does not"], ["B", "a box: first corner, then second corner"],
+    ["arrows", "move a cursor; Shift: by one pixel"], ["Enter", "this belongs to the object"],
+    ["Shift + Enter", "this does not"], ["B", "a box: first corner, then second"],
   ],
 };
 
@@ -42,6 +42,9 @@ function make(tag, properties = {}, ...children) {
 function decoded(bytes) {
   return createImageBitmap(new Blob([bytes]));
 }
+
+/** Letters on a color: white on blue, dark on all others, at least 4.5 to 1. */
+const ink = (color) => (color === "#0072B2" ? "#fff" : "#111");
 
 function milliseconds(value) {
   if (value === null || value === undefined) return "–";
@@ -80,8 +83,8 @@ function render({ model, el }) {
     button("Fit", "Whole picture (R)", () => fit()), button("+", "Zoom in (+)", () => zoomBy(1.4)));
   const help = make("div", { className: "help", hidden: true, role: "dialog", "aria-label": "Help" },
     make("div", { className: "columns" }, ...Object.entries(HELP).map(([title, rows]) => make("section", {},
-      make("h4", { textContent: title }), make("dl", {}, ...rows.flatMap(([keys, what]) => [
-        make("dt", {}, make("kbd", { textContent: keys })), make("dd", { textContent: what })]))))));
+      make("h4", { textContent: title }), ...rows.map(([keys, what]) => make("div", { className: "line" },
+        make("kbd", { textContent: keys }), make("span", { textContent: what })))))));
   const stage = make("div", { className: "stage" }, canvas, zoom, help);
 
   const encodeTime = make("b", { textContent: "–" }), decodeTime = make("b", { textContent: "–" });
@@ -135,7 +138,7 @@ function render({ model, el }) {
   const watch = setInterval(() => {
     const oldest = Math.min(...pending.values());
     if (Date.now() - oldest > PATIENCE)
-      say("Still waiting for the kernel: it is busy, or was restarted. Then run the cell of this widget again.", true);
+      say("Still waiting for the kernel. If it was restarted, run the cell of this widget again.", true);
   }, 1000);
 
   function answered(id) {
@@ -341,7 +344,7 @@ function render({ model, el }) {
     pen.roundRect(x - 10, y - 9, 20, 18, 5);
     pen.fill();
     pen.stroke();
-    pen.fillStyle = "#111";
+    pen.fillStyle = ink(item.color);
     pen.fillText(item.number, x, y + 0.5);
   }
 
@@ -519,7 +522,7 @@ function render({ model, el }) {
   function listed(item) {
     const count = item.points.length + (item.box ? 1 : 0);
     const detail = item.iou === null ? "click on it" : `${item.area.toLocaleString("en")} px · ${item.iou.toFixed(2)}`;
-    const chip = make("span", { className: "chip", textContent: item.number, style: `background:${item.color}` });
+    const chip = make("span", { className: "chip", textContent: item.number, style: `background:${item.color};color:${ink(item.color)}` });
     const select = make("button", { type: "button", onclick: () => send("select", { number: item.number }),
       "aria-label": `Object ${item.number}, ${count} prompts, ${detail}` },
       chip, make("b", { textContent: `Object ${item.number}` }), make("span", { className: "grow", textContent: detail }));
@@ -528,15 +531,15 @@ function render({ model, el }) {
     return make("div", { className: "item", role: "listitem", "aria-current": current }, select, remove);
   }
 
-  function candidate({ iou, png, shown }, index) {
-    const small = make("canvas", { width: 96, height: Math.max(1, Math.round((96 * H()) / W())) });
-    small.style.aspectRatio = `${small.width} / ${Math.min(small.height, 96)}`;
+  function candidate({ iou, png, shown, window: [x0, y0, x1, y1] }, index) {
+    const long = Math.max(W(), H()), small = make("canvas", {});
+    [small.width, small.height] = [W(), H()].map((side) => Math.max(1, Math.round((160 * side) / long)));
     const pen = small.getContext("2d");
     decoded(png).then((mask) => {
-      pen.globalAlpha = 0.55;
-      if (picture) pen.drawImage(picture, 0, 0, small.width, small.height);
-      pen.globalAlpha = 0.85;
-      pen.imageSmoothingEnabled = false;
+      const [w, h] = [picture?.width ?? 0, picture?.height ?? 0];
+      pen.globalAlpha = 0.7;
+      if (picture) pen.drawImage(picture, x0 * w, y0 * h, (x1 - x0) * w, (y1 - y0) * h, 0, 0, small.width, small.height);
+      pen.globalAlpha = 0.75;
       pen.drawImage(mask, 0, 0, small.width, small.height);
     });
     return make("button", { type: "button", title: `Mask ${index + 1} (${index + 1})`, "aria-pressed": String(shown),
