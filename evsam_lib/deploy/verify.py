@@ -20,6 +20,9 @@ from evsam_lib.models.sam import Sam
 
 TOLERANCE = 1e-4  # fp32
 RELATIVE = 1e-5  # of the largest value, where that is more: PyTorch's own threads differ by 1e-6
+# Resized masks: a float32 coordinate is good to 1e-4 of a pixel. On noise of up to 10, PyTorch and onnxruntime are each
+# 2e-4 from the result in float64, and 3e-4 from each other.
+RELATIVE_RESIZED = 1e-4
 TIE = 1e-3  # masks whose qualities are closer may be chosen either way
 SIZES = ((150, 225), (201, 134))  # height and width of the scenes: landscape and portrait
 
@@ -173,4 +176,5 @@ def _seed(seed: int) -> torch.Generator:
 
 def _row(part: str, case: str, output: str, found: Tensor, expected: Tensor) -> Row:
     error = (found - expected).abs().max().item() if found.shape == expected.shape else float("inf")
-    return Row(part, case, output, error, max(TOLERANCE, RELATIVE * expected.abs().max().item()))
+    relative = RELATIVE_RESIZED if output == "masks" else RELATIVE
+    return Row(part, case, output, error, max(TOLERANCE, relative * expected.abs().max().item()))
