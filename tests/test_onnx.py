@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from evsam_lib.deploy.graphs import DecoderGraph, EncoderGraph, upscale, with_pa
 from evsam_lib.deploy.onnx import export, load_weights, main
 from evsam_lib.deploy.runtime import Graph, load_engine, pixel_inputs
 from evsam_lib.deploy.verify import Row, verify
+from evsam_lib.models.efficientvit import relu_linear_attention
 from evsam_lib.models.prompt_encoder import join_prompts, prompt_tokens
 from evsam_lib.models.zoo import ZOO
 from tests.golden import fill
@@ -217,6 +219,21 @@ class TestFiles:
             text = str(graph)
             assert "site-packages" not in text
             assert ".py" not in text
+
+    def test_tokens_that_nobody_attends_to_do_not_divide_by_zero(self, tmp_path):
+        """The exporter's optimiser takes the attention's eps of 1e-15 for zero and would drop it."""
+
+        class Attention(torch.nn.Module):
+            def forward(self, x):
+                return relu_linear_attention(x, x, x)
+
+        x = torch.ones(1, 2, 3)
+        with exporter._quietly():
+            torch.onnx.export(Attention().eval(), (x,), tmp_path / "a.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
+        for value in (torch.zeros_like(x), 1e-9 * x, x, -x):
+            (found,) = session.run(None, {"x": value.numpy()})
+            torch.testing.assert_close(torch.from_numpy(found), Attention()(value), atol=0, rtol=1e-6)
 
     def test_operations(self, mini, folder):
         model, _ = mini

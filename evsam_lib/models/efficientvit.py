@@ -96,7 +96,10 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = ATTEN
         q, k = F.relu(q), F.relu(k)
         v = torch.cat([v, torch.ones_like(v[..., :1, :])], dim=-2)  # (..., d + 1, n): the last row sums the weights
         out = (v @ k.transpose(-1, -2)) @ q  # (..., d + 1, n)
-        return (out[..., :-1, :] / (out[..., -1:, :] + eps)).to(dtype)
+        out, total = out[..., :-1, :], out[..., -1:, :]
+        if torch.compiler.is_exporting():  # its optimiser drops a summand below 1e-8; this is the same sum, exactly
+            return (out / ((total * 2.0**50 + eps * 2.0**50) / 2.0**50)).to(dtype)
+        return (out / (total + eps)).to(dtype)
 
 
 class LiteMLA(nn.Module):
