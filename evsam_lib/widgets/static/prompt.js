@@ -472,7 +472,9 @@ function render({ model, el }) {
     else return;
     event.preventDefault();
   };
-  root.onkeyup = (event) => { if (event.key === " ") { space = false; canvas.classList.remove("pan"); } };
+  const noPan = () => { space = false; canvas.classList.remove("pan"); };
+  root.onkeyup = (event) => { if (event.key === " ") noPan(); };
+  root.addEventListener("focusout", noPan); // the key may come up elsewhere
 
   // ---- from the kernel
   async function onPictureTrait() {
