@@ -4,7 +4,7 @@
 const POSITIVE = "#009E73", NEGATIVE = "#D55E00"; // Okabe and Ito; disc with plus and square with minus differ in shape
 const DRAG = 4; // CSS pixels a pointer moves before a click becomes a box
 const PART = 2 ** 21; // bytes of an uploaded file in one message
-const SLOW = 250; // milliseconds: above, the preview under the pointer switches itself off
+const SLOW = 250; // milliseconds: three times above, the preview under the pointer switches itself off
 const PATIENCE = 8000; // milliseconds without an answer until the status line says so
 const MIMES = { ".png": "image/png", ".json": "application/json", ".npz": "application/octet-stream" };
 
@@ -53,7 +53,7 @@ function milliseconds(value) {
 
 function render({ model, el }) {
   const view = { scale: 1, x: 0, y: 0, fitted: true }; // CSS pixel = picture pixel * scale + (x, y)
-  const local = { opacity: 0.5, hover: true, forced: false, cursor: null, corner: null, drag: null, preview: null };
+  const local = { opacity: 0.5, hover: true, forced: false, slow: 0, cursor: null, corner: null, drag: null, preview: null };
   let picture = null, masks = new Map(), layer = null, dead = false, space = false;
   let pending = new Map(), counter = 0, hovering = null, wanted = null, frame = 0, loads = 0;
   const mine = Math.random().toString(36).slice(2, 8); // two views of one widget tell their answers apart
@@ -164,6 +164,7 @@ function render({ model, el }) {
   function setHover(on, byHand = false) {
     local.hover = hover.checked = on;
     local.forced = byHand && on;
+    local.slow = 0;
     local.preview = null;
     draw();
   }
@@ -171,7 +172,8 @@ function render({ model, el }) {
   async function onMessage(message, buffers) {
     if (message.kind === "hover") {
       if (hovering) { pending.delete(hovering); hovering = null; }
-      if (message.ms > SLOW && !local.forced) {
+      local.slow = message.ms > SLOW ? local.slow + 1 : 0;
+      if (local.slow > 2 && !local.forced) { // once may be a cold start
         setHover(false);
         return say(`The preview is off: ${milliseconds(message.ms)} are too slow to follow the pointer.`);
       }
