@@ -37,6 +37,7 @@ class Predictor:
         """Forgets the image."""
         self.features: Tensor | None = None
         self.original_size: tuple[int, int] | None = None
+        self._code: Tensor | None = None  # the cells' position code, the same for all prompts
 
     @torch.inference_mode()
     def set_image(self, image: np.ndarray) -> None:
@@ -49,7 +50,7 @@ class Predictor:
             ValueError: another type or shape.
         """
         self.reset_image()
-        self.features = self.model.embed(image)
+        self.features, self._code = self.model.embed(image), self.model.prompt_encoder.dense_position()
         self.original_size = image.shape[:2]
 
     @torch.inference_mode()
@@ -105,9 +106,8 @@ class Predictor:
         boxes = None if box is None else _array("box", np.reshape(box, -1) if np.size(box) == 4 else box, (4,))
         coords, codes = self._tokens(*(None if x is None else x[None] for x in (points, labels, boxes)))
         masks = None if mask_input is None else self._mask_input(mask_input)
-        low_res, iou = self.model.decode(
-            self.features, coords, codes, mask_input=masks, multimask_output=multimask_output
-        )
+        options = {"mask_input": masks, "multimask_output": multimask_output, "image_code": self._code}
+        low_res, iou = self.model.decode(self.features, coords, codes, **options)
         return low_res[0, 0].float(), iou[0, 0].float()
 
     @torch.inference_mode()
@@ -153,11 +153,10 @@ class Predictor:
             raise ValueError(f"As many boxes as point prompts are needed, got {len(boxes)} and {len(points)}.")
         coords, codes = self._tokens(points, labels, boxes)  # (1, N, T, 2), (1, N, T)
         parts = []
-        code = self.model.prompt_encoder.dense_position()
         chunk = chunk or _chunk(self.model)
         for start in range(0, max(coords.shape[1], 1), chunk):  # at least once, so that no prompts have a shape too
             part = slice(start, start + chunk)
-            low_res, iou = self.model.decode(self.features, coords[:, part], codes[:, part], image_code=code)
+            low_res, iou = self.model.decode(self.features, coords[:, part], codes[:, part], image_code=self._code)
             low_res, iou = low_res[0].float(), iou[0].float()  # (n, 3, 4h, 4w), (n, 3)
             if select == "best":
                 best = self.model.quality(low_res, iou).argmax(dim=1)[:, None]  # first of equals, as officially
@@ -226,6 +225,7 @@ class BatchPredictor:
         self.chunk = chunk or _chunk(model)
         self.features: Tensor | None = None
         self.sizes: list[tuple[int, int]] = []
+        self._code: Tensor | None = None
 
     @torch.inference_mode()
     def set_images(self, pixels: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> None:
@@ -236,6 +236,7 @@ class BatchPredictor:
             sizes: (H, W) of each image.
         """
         self.features = self.model.encode(torch.stack(list(pixels)).to(self.model.device, self.model.dtype))
+        self._code = self.model.prompt_encoder.dense_position()
         self.sizes = list(sizes)
 
     def masks(
@@ -266,9 +267,8 @@ class BatchPredictor:
         if len(owners) == 0:
             return
         coords, codes = self._tokens(owners, boxes, points, labels)
-        code = self.model.prompt_encoder.dense_position()
         for start, stop in self._chunks(owners):
-            low_res = self._best(owners[start:stop], coords[start:stop], codes[start:stop], code)  # (n, 4h, 4w)
+            low_res = self._best(owners[start:stop], coords[start:stop], codes[start:stop])  # (n, 4h, 4w)
             for first, last in _runs(owners[start:stop]):
                 masks = self._upscaled(low_res[first:last], self.sizes[owners[start + first]])
                 yield slice(start + first, start + last), masks
@@ -295,7 +295,7 @@ class BatchPredictor:
                 yield start, min(start + self.chunk, last)
 
     @torch.inference_mode()
-    def _best(self, owners: np.ndarray, coords: Tensor, codes: Tensor, code: Tensor) -> Tensor:
+    def _best(self, owners: np.ndarray, coords: Tensor, codes: Tensor) -> Tensor:
         """The chosen low-res logits (n, 4h, 4w) of n prompts with T tokens each."""
         shared = owners[0] == owners[-1]
         features = self.features[owners[:1] if shared else owners]  # (1 or n, C, h, w)
@@ -303,7 +303,8 @@ class BatchPredictor:
         coords, codes = coords.unflatten(0, lead), codes.unflatten(0, lead)
         mask_input = None
         for _ in range(self.refine + 1):
-            options = {"mask_input": mask_input, "multimask_output": self.choose != "single", "image_code": code}
+            options = {"mask_input": mask_input, "multimask_output": self.choose != "single"}
+            options["image_code"] = self._code
             low_res, iou = (x.flatten(0, 1).float() for x in self.model.decode(features, coords, codes, **options))
             best = self._quality(low_res, iou).argmax(dim=1)  # first of equals, as officially
             low_res = low_res.take_along_dim(best[:, None, None, None], dim=1)  # (n, 1, 4h, 4w)

@@ -51,19 +51,10 @@ class EfficientSam(Sam):
     """Sam whose hidden tokens are empty slots: the model has seen nothing but six of them."""
 
     def decode(
-        self,
-        embedding: Tensor,
-        coords: Tensor,
-        labels: Tensor,
-        *,
-        mask_input: Tensor | None = None,
-        multimask_output: bool = True,
-        valid: Tensor | None = None,
-        image_code: Tensor | None = None,
+        self, embedding: Tensor, coords: Tensor, labels: Tensor, *, valid: Tensor | None = None, **options
     ) -> tuple[Tensor, Tensor]:
         """See `Sam.decode`."""
         labels = labels if valid is None else labels.masked_fill(~valid, PADDING_LABEL)
-        options = {"mask_input": mask_input, "multimask_output": multimask_output, "image_code": image_code}
         return super().decode(embedding, coords, labels, **options)
 
 
