@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from scipy import ndimage
 from torch import Tensor
 
+from evsam_lib.data.rle import encode_masks, run_lengths
 from evsam_lib.models.sam import Sam, stability_score
 
 __all__ = ["crop_boxes", "nms", "point_grid", "segment_everything"]
@@ -300,23 +300,17 @@ def _without_islands(mask: np.ndarray, least: int, *, keep_largest: bool) -> tup
     return keep[parts], bool(small)
 
 
-def _rle(mask: np.ndarray, *, compressed: bool) -> dict[str, Any]:
-    """(H, W) bool -> COCO's run lengths, column by column, beginning with the background's."""
-    if compressed:
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-        return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
-    pixels = mask.ravel(order="F")
-    edges = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    runs = np.diff(np.concatenate([[0], edges, [pixels.size]])).tolist()
-    return {"size": list(mask.shape), "counts": [0, *runs] if pixels[0] else runs}
-
-
 def _record(masks: Masks, i: int, hw: tuple[int, int], output_mode: str, approximate: bool) -> dict[str, Any]:
     mask = _unpacked(masks.bits[i], hw)
     left, top, right, bottom = masks.boxes[i].tolist()
     x0, y0, x1, y1 = masks.crops[i].tolist()
+    segmentation = mask
+    if output_mode == "coco_rle":
+        (segmentation,) = encode_masks(mask[None])
+    elif output_mode == "uncompressed_rle":
+        segmentation = {"size": list(hw), "counts": run_lengths(mask)}
     record = {
-        "segmentation": mask if output_mode == "binary_mask" else _rle(mask, compressed=output_mode == "coco_rle"),
+        "segmentation": segmentation,
         "area": int(mask.sum()),
         "bbox": [left, top, right - left, bottom - top],
         "predicted_iou": masks.iou[i].item(),

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evsam_lib.data.files import read_json
+from evsam_lib.data.files import has_no_mask, read_json
 
 __all__ = ["check_scoring", "coco_ap", "lvis_ap"]
 
@@ -128,7 +128,9 @@ def _truth(annotations: str | Path, *, lvis: bool) -> dict:
     truth = read_json(Path(annotations), "images", "annotations", "categories")
     if lvis and any("frequency" not in category for category in truth["categories"]):
         raise ValueError(f"Categories in {annotations} lack 'frequency': it is no LVIS file, score it as COCO.")
-    truth["annotations"] = [{"iscrowd": 0} | annotation for annotation in truth["annotations"]]  # LVIS states none
+    # A box without a mask, which no prediction could match, is left out as in CocoImages, which counts it.
+    masks = (annotation for annotation in truth["annotations"] if not has_no_mask(annotation.get("segmentation")))
+    truth["annotations"] = [{"iscrowd": 0} | annotation for annotation in masks]  # LVIS states no iscrowd
     return truth
 
 

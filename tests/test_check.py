@@ -8,9 +8,8 @@ from PIL import Image
 
 from evsam_lib.data.check import NEEDS, check_coco, check_detections, check_sa1b, check_sginw, main, problems
 from evsam_lib.data.coco import CocoImages
-from evsam_lib.data.generate import write_coco, write_sa1b
 from evsam_lib.data.sa1b import Sa1bFolder
-from evsam_lib.data.write import write_detections, write_lvis, write_sginw
+from evsam_lib.data.write import write_coco, write_detections, write_lvis, write_sa1b, write_sginw
 
 SIZE = (48, 64)
 

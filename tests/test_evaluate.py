@@ -12,7 +12,7 @@ from torch import nn
 
 from evsam_lib import evaluate as ev
 from evsam_lib.data.coco import CocoImages
-from evsam_lib.data.generate import write_coco
+from evsam_lib.data.write import write_coco
 from evsam_lib.evaluate.batch import Loaded, measure
 from evsam_lib.models.zoo import load_model
 from evsam_lib.predict import Predictor

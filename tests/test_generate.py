@@ -12,18 +12,10 @@ import pytest
 from evsam_lib.data import write
 from evsam_lib.data.categories import coco_categories
 from evsam_lib.data.coco import CocoImages
-from evsam_lib.data.generate import (
-    MIN_PIXELS,
-    Scene,
-    scene,
-    write_coco,
-    write_detections,
-    write_lvis,
-    write_sa1b,
-    write_sginw,
-)
+from evsam_lib.data.generate import MIN_PIXELS, Scene, scene
 from evsam_lib.data.sa1b import Sa1bFolder
 from evsam_lib.data.sginw import SGINW
+from evsam_lib.data.write import write_coco, write_detections, write_lvis, write_sa1b, write_sginw
 
 SIZE = (96, 128)
 COCO_NAMES = {category["id"]: category["name"].replace(" ", "_") for category in coco_categories()}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from evsam_lib.rle import encode_masks
+from evsam_lib.data.rle import encode_masks
 
 
 def test_a_mask_by_hand():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evsam_lib.data.generate import scene, write_sa1b
+from evsam_lib.data.generate import scene
 from evsam_lib.data.sa1b import Sa1bFolder
+from evsam_lib.data.write import write_sa1b
 
 SIZE = (64, 96)
 

@@ -10,8 +10,8 @@ import pytest
 
 from evsam_lib import scores
 from evsam_lib.data.coco import CocoImages
+from evsam_lib.data.rle import encode_masks
 from evsam_lib.data.write import write_coco
-from evsam_lib.rle import encode_masks
 
 HW = (40, 50)
 
@@ -58,6 +58,13 @@ def test_coco_ap_by_hand(truth, tmp_path, evaluator):
     assert found["AP"] == pytest.approx(ap) and found["AP_S"] == pytest.approx(ap)
     assert (found["AP50"], found["AP75"]) == pytest.approx((low * 100, low * 100))
     assert (found["AP_M"], found["AP_L"]) == (None, None)
+
+
+@pytest.mark.parametrize("evaluator", scores.COCO_EVALUATORS)
+def test_a_box_without_a_mask_is_no_missed_object(truth, tmp_path, evaluator):
+    expected = scores.coco_ap(file_of(truth, tmp_path), RESULTS, evaluator=evaluator)
+    truth["annotations"].append(truth["annotations"][0] | {"id": 9, "segmentation": []})
+    assert scores.coco_ap(file_of(truth, tmp_path), RESULTS, evaluator=evaluator) == expected
 
 
 @pytest.mark.parametrize("evaluator", scores.LVIS_EVALUATORS)

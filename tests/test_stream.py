@@ -17,11 +17,11 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from evsam_lib.data import stream, transforms
-from evsam_lib.data.generate import write_sa1b
 from evsam_lib.data.runs import read_runs
 from evsam_lib.data.sa1b import Sa1bFolder
 from evsam_lib.data.skip import Skipped, Skipping, guarded
 from evsam_lib.data.tars import tar_index
+from evsam_lib.data.write import write_sa1b
 from evsam_lib.training import loop, samples
 
 SIZE = (90, 130)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import decode_segmentation, is_finite, read_json, read_rgb
+from .files import decode_segmentation, has_no_mask, is_finite, read_json, read_rgb
 
 __all__ = ["CocoImage", "CocoImages"]
 
@@ -72,11 +72,12 @@ class CocoImages:
         if not self.images_dir.is_dir():
             raise FileNotFoundError(f"Image folder {self.images_dir} does not exist.")
         content = read_json(self.annotations_json, "images", "annotations")
-        self._entries, self._categories = content["images"], content.get("categories", [])
-        self.categories: dict[int, str] = {c["id"]: c["name"] for c in self._categories}
-        self.frequency: dict[int, str] = {c["id"]: c["frequency"] for c in self._categories if "frequency" in c}
+        entries, categories = content["images"], content.get("categories", [])
+        self.categories: dict[int, str] = {c["id"]: c["name"] for c in categories}
+        self.frequency: dict[int, str] = {c["id"]: c["frequency"] for c in categories if "frequency" in c}
+        self.is_lvis: bool = bool(self.frequency) or any("neg_category_ids" in entry for entry in entries[:1])
         self.by_id: dict[int, CocoImage] = {}
-        for entry in self._entries:
+        for entry in entries:
             image = self._image(entry)
             if image.image_id in self.by_id:
                 raise ValueError(f"{self.annotations_json} lists image {image.image_id} twice.")
@@ -98,20 +99,10 @@ class CocoImages:
         return iter(self._images)
 
     @property
-    def is_lvis(self) -> bool:
-        """Whether the annotations are federated, as LVIS's: only some categories are checked in each image."""
-        return bool(self.frequency) or any("neg_category_ids" in entry for entry in self._entries[:1])
-
-    @property
     def generated(self) -> bool:
         """Whether `evsam_lib.data.write` made this folder: no number measured on it is comparable with the paper's."""
         near = (self.images_dir, *self.images_dir.parents[:2])  # LVIS, COCO, SGinW
         return any((folder / "generated.json").is_file() for folder in near)
-
-    def ground_truth(self) -> dict:
-        """The file's content for a scorer, in COCO's or LVIS's form: without the annotations that are left out."""
-        annotations = [annotation for image in self._images for annotation in image.annotations]
-        return {"info": {}, "images": self._entries, "annotations": annotations, "categories": self._categories}
 
     def read(self, image: CocoImage) -> np.ndarray:
         """Reads a picture as (H, W, 3) uint8 RGB.
@@ -163,7 +154,7 @@ class CocoImages:
             if image is None:  # pycocotools and the official evaluation never look at it either
                 skipped["annotation of an image that the file does not list"] += 1
                 stray = stray or annotation
-            elif _is_empty(annotation["segmentation"]):
+            elif has_no_mask(annotation["segmentation"]):
                 skipped["annotation without a mask"] += 1
             else:
                 image.annotations.append(annotation)
@@ -197,8 +188,3 @@ class CocoImages:
             yield "annotation of a category that the file does not list"
         if annotation["id"] == 0:
             yield "annotation with id 0, which pycocotools takes for no match"
-
-
-def _is_empty(segmentation: object) -> bool:
-    """No polygon at all, as tools write that know boxes only; anything else malformed is an error when decoded."""
-    return segmentation is None or (isinstance(segmentation, list) and not any(segmentation))

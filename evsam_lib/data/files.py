@@ -12,7 +12,16 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-__all__ = ["decode_rgb", "decode_segmentation", "is_finite", "parse_json", "read_json", "read_rgb", "rle_text"]
+__all__ = [
+    "decode_rgb",
+    "decode_segmentation",
+    "has_no_mask",
+    "is_finite",
+    "parse_json",
+    "read_json",
+    "read_rgb",
+    "rle_text",
+]
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -84,6 +93,11 @@ def parse_json(content: bytes, *keys: str, name: str | Path) -> dict:
 def is_finite(value: object) -> bool:
     """Whether a value read from JSON is a number, and neither infinite nor NaN, which Python's reader lets pass."""
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def has_no_mask(segmentation: object) -> bool:
+    """No polygon at all, as tools write that know boxes only; anything else malformed is an error when decoded."""
+    return segmentation is None or (isinstance(segmentation, list) and not any(segmentation))
 
 
 def decode_segmentation(segmentation: list | dict, height: int, width: int, *, where: str) -> np.ndarray:

@@ -360,12 +360,3 @@ def _develop(canvas: _Canvas) -> np.ndarray:
     scale = np.array([t * gain for t in tint], dtype=F)[:, None, None]
     image = np.clip(image * scale + grain + F(lift + 0.5), F(0), F(255))
     return np.ascontiguousarray(image.astype(np.uint8).transpose(1, 2, 0))
-
-
-def __getattr__(name: str):
-    """The writers need Pillow and pycocotools: they are imported when first asked for."""
-    if name in ("write_coco", "write_detections", "write_lvis", "write_sa1b", "write_sginw"):
-        from . import write
-
-        return getattr(write, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

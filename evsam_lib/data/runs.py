@@ -16,9 +16,9 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from .files import decode_segmentation, rle_text
+from .rle import encode_masks
 from .transforms import resized_hw
 
 __all__ = ["Runs", "read_runs"]
@@ -84,8 +84,7 @@ class Runs:
         soft = self.soft(size)[:, :height, :width]
         level = soft.max(axis=(1, 2), initial=0.0, keepdims=True) / 2
         hard = (soft >= level) & (level > 0)
-        encoded = coco_mask.encode(np.asfortranarray(hard.transpose(1, 2, 0), dtype=np.uint8))
-        return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+        return encode_masks(hard)
 
 
 def read_runs(segmentations: Sequence[list | dict], height: int, width: int, *, where: str) -> Runs:

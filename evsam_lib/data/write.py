@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from .categories import coco_categories
 from .detector import write_detections
 from .generate import VERSION, Scene, scene
+from .rle import encode_masks, run_lengths
 from .sginw import ANNOTATIONS
 from .shapes import Draw
 
@@ -238,14 +239,13 @@ def _save_jpg(image: np.ndarray, path: Path) -> None:
 def _sa1b_record(made: Scene, image_id: int, file_name: str) -> dict:
     height, width = made.image.shape[:2]
     annotations = []
-    for number, mask in enumerate(made.masks):
-        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    for number, (mask, rle) in enumerate(zip(made.masks, encode_masks(made.masks), strict=True)):
         rows, columns = np.nonzero(mask)
         middle = len(rows) // 2
         annotations.append(
             {
                 "id": image_id * 1000 + number,
-                "segmentation": {"size": [height, width], "counts": rle["counts"].decode("ascii")},
+                "segmentation": rle,
                 "bbox": [float(v) for v in coco_mask.toBbox(rle)],
                 "area": len(rows),
                 "predicted_iou": 1.0,  # SA-1B holds a model's estimates here; these masks are exact
@@ -284,7 +284,7 @@ def _coco_annotations(made: Scene) -> list[dict]:
         box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
         found.append(
             {
-                "segmentation": {"size": [height, width], "counts": _runs(made.crowd)},
+                "segmentation": {"size": [height, width], "counts": run_lengths(made.crowd)},
                 "area": len(rows),
                 "iscrowd": 1,
                 "bbox": [float(v) for v in box],
@@ -349,13 +349,6 @@ def _sginw_set(
             break
     categories = [{"id": number_of[category], "name": names[category], "supercategory": name} for category in ids]
     return {"info": {}, "images": images, "annotations": annotations, "categories": categories}
-
-
-def _runs(mask: np.ndarray) -> list[int]:
-    """Uncompressed run lengths, columns first, starting with a run of zeros."""
-    flat = np.concatenate([[False], mask.T.reshape(-1)])
-    changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate([[0], changes, [mask.size]])).tolist()
 
 
 def _polygons(mask: np.ndarray) -> list[list[float]]:

@@ -10,11 +10,11 @@ import numpy as np
 from torch import Tensor
 
 from evsam_lib.data.coco import CocoImage, CocoImages
+from evsam_lib.data.rle import encode_masks
 from evsam_lib.evaluate.metrics import mask_iou
 from evsam_lib.models.sam import Sam
 from evsam_lib.predict import BatchPredictor
 from evsam_lib.prompts import next_clicks, xywh_to_xyxy
-from evsam_lib.rle import encode_masks
 
 __all__ = ["Job", "Loaded", "evaluate_image", "load", "measure", "read_ahead"]
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from evsam_lib.data.rle import encode_masks
 from evsam_lib.figures import show_boxes, show_image, show_masks, show_points
 from evsam_lib.models.sam import Sam
 from evsam_lib.predict import Predictor
@@ -372,12 +373,12 @@ def _label(label: int) -> int:
 
 
 def _annotation(item: Item, hw: tuple[int, int]) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(item.mask(hw), dtype=np.uint8))
+    (rle,) = encode_masks(item.mask(hw)[None])
     return {
         "id": item.number,
         "image_id": 1,
         "category_id": 1,
-        "segmentation": {"size": list(hw), "counts": rle["counts"].decode()},
+        "segmentation": rle,
         "area": int(coco_mask.area(rle)),
         "bbox": [float(v) for v in coco_mask.toBbox(rle)],
         "iscrowd": 0,

@@ -7,7 +7,7 @@ pycocotools packs the counts into COCO's text form, and the text is the one that
 import numpy as np
 from pycocotools import mask as coco_mask
 
-__all__ = ["encode_masks"]
+__all__ = ["encode_masks", "run_lengths"]
 
 
 def encode_masks(masks: np.ndarray) -> list[dict]:
@@ -25,13 +25,13 @@ def encode_masks(masks: np.ndarray) -> list[dict]:
     if masks.ndim != 3 or masks.dtype != bool:
         raise ValueError(f"masks must be bool (N, H, W), got {masks.dtype} {masks.shape}.")
     height, width = masks.shape[1:]
-    runs = [{"size": [height, width], "counts": _counts(mask)} for mask in masks]
+    runs = [{"size": [height, width], "counts": run_lengths(mask)} for mask in masks]
     packed = coco_mask.frPyObjects(runs, height, width) if runs else []
     return [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in packed]
 
 
-def _counts(mask: np.ndarray) -> list[int]:
-    """Uncompressed counts of a mask (H, W), the first of zeros."""
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Uncompressed counts of a mask (H, W) bool, the first of zeros."""
     height = len(mask)
     rows = np.flatnonzero(mask.any(axis=1))
     if len(rows) == 0:
