@@ -13,7 +13,7 @@
 PYTHON ?= python3
 PROFILE ?= mini
 ARGS ?=
-EXTRAS := lab,eval,onnx,dev
+EXTRAS := lab,eval,onnx,stream,dev
 
 VENV := .venv
 RUN := $(VENV)/bin/python

@@ -33,6 +33,8 @@ QUICK = {"mobile_sam": "mobile-sam", "edge_sam": "edge-sam", "efficient_sam_ti":
 LARGE = {"efficient_sam_s": "efficient-sam-s", "sam_vit_b": "sam-vit-b"}  # seconds each, the same code at other widths
 EVERY = QUICK | LARGE
 PEERS = tuple(QUICK.values())
+ENCODERS = [*QUICK, *(pytest.param(golden, marks=pytest.mark.slow) for golden in LARGE)]
+DECODERS = ENCODERS[:-1]  # SAM's decoder is held to the official one by sam_tiny, in test_models.py
 CHAINS = ("point", "points", "negative", "box", "points_box")
 
 # fp32 on a CPU, relative to the largest value; the official encoders themselves repeat to about 5e-6.
@@ -43,7 +45,7 @@ def noise_input():
     return torch.from_numpy(np.random.Generator(np.random.PCG64(99)).standard_normal((1, 3, 1024, 1024), np.float32))
 
 
-@pytest.fixture(scope="module", params=[*QUICK, *(pytest.param(golden, marks=pytest.mark.slow) for golden in LARGE)])
+@pytest.fixture(scope="module")
 def peer(request, tmp_path_factory):
     """Name of the golden files, and our model's predictor with the same weights and the noise input encoded."""
     record = json.loads((GOLDEN / f"{request.param}.json").read_text())
@@ -58,8 +60,6 @@ def peer(request, tmp_path_factory):
 
 
 def golden_chain(name):
-    if not (GOLDEN / f"{name}_chain.npz").is_file():
-        pytest.skip("SAM's decoder is held to the official one by sam_tiny, in test_models.py")
     return np.load(GOLDEN / f"{name}_chain.npz")
 
 
@@ -68,13 +68,32 @@ def prompt_of(arrays, kind):
     return {name: arrays[f"{kind}_{key}"] for name, key in names.items() if f"{kind}_{key}" in arrays}
 
 
-class TestOfficialParity:
+@pytest.mark.parametrize("peer", ENCODERS, indirect=True, scope="module")
+class TestOfficialEncoder:
     def test_embedding(self, peer):
         name, predictor = peer
         expected = np.load(GOLDEN / f"{name}.npz")["embedding_slice"]
         error = np.abs(predictor.features[0, ::16, ::4, ::4].numpy() - expected).max() / np.abs(expected).max()
         assert error < EMBEDDING_RTOL
 
+    def test_many_prompts_equal_one_by_one(self, peer):
+        _, predictor = peer
+        boxes = np.array([[390, 55, 600, 352], [20, 30, 300, 400], [100, 100, 140, 120]], dtype=float)
+        points = np.array([[[450, 200], [500, 300]], [[210, 190], [50, 390]], [[120, 110], [300, 20]]], dtype=float)
+        labels = np.array([[1, 0], [1, 1], [1, 0]])
+        _, iou, low_res = predictor.predict_batch(boxes=boxes, points=points, labels=labels)
+        best_masks, _, best_low_res = predictor.predict_batch(boxes=boxes, points=points, labels=labels, select="best")
+        assert best_masks.shape == (3, 423, 637)
+        for i in range(3):
+            _, one_iou, one = predictor.predict(points[i], labels[i], box=boxes[i])
+            np.testing.assert_allclose(low_res[i], one, atol=LOGITS_ATOL, rtol=0)
+            np.testing.assert_allclose(iou[i], one_iou, atol=IOU_ATOL, rtol=0)
+            quality = predictor.model.quality(torch.from_numpy(low_res[i]), torch.from_numpy(iou[i]))
+            np.testing.assert_array_equal(best_low_res[i], low_res[i, quality.argmax()])
+
+
+@pytest.mark.parametrize("peer", DECODERS, indirect=True, scope="module")
+class TestOfficialChain:
     def test_preprocessed_pixels(self, peer):
         name, predictor = peer
         expected = golden_chain(name)["pixels_slice"]
@@ -104,21 +123,6 @@ class TestOfficialParity:
         expected = arrays["box_single_low_res_slice"]
         np.testing.assert_allclose(low_res[:, ::32, ::32], expected, atol=LOGITS_ATOL, rtol=0)
         np.testing.assert_allclose(iou, arrays["box_single_iou"], atol=IOU_ATOL, rtol=0)
-
-    def test_many_prompts_equal_one_by_one(self, peer):
-        _, predictor = peer
-        boxes = np.array([[390, 55, 600, 352], [20, 30, 300, 400], [100, 100, 140, 120]], dtype=float)
-        points = np.array([[[450, 200], [500, 300]], [[210, 190], [50, 390]], [[120, 110], [300, 20]]], dtype=float)
-        labels = np.array([[1, 0], [1, 1], [1, 0]])
-        _, iou, low_res = predictor.predict_batch(boxes=boxes, points=points, labels=labels)
-        best_masks, _, best_low_res = predictor.predict_batch(boxes=boxes, points=points, labels=labels, select="best")
-        assert best_masks.shape == (3, 423, 637)
-        for i in range(3):
-            _, one_iou, one = predictor.predict(points[i], labels[i], box=boxes[i])
-            np.testing.assert_allclose(low_res[i], one, atol=LOGITS_ATOL, rtol=0)
-            np.testing.assert_allclose(iou[i], one_iou, atol=IOU_ATOL, rtol=0)
-            quality = predictor.model.quality(torch.from_numpy(low_res[i]), torch.from_numpy(iou[i]))
-            np.testing.assert_array_equal(best_low_res[i], low_res[i, quality.argmax()])
 
 
 @pytest.mark.parametrize("golden", EVERY)

@@ -55,7 +55,7 @@ def environment() -> tuple[list[str], list[str]]:
 
 def test_every_direct_requirement_is_locked_within_its_range():
     pins = locked()
-    for name, requirement in declared("lab", "eval", "dev", "onnx").items():
+    for name, requirement in declared("lab", "eval", "onnx", "stream", "dev").items():
         assert name in pins, f"{name} is not in requirements.lock"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit {pins[name]}"
 
@@ -127,7 +127,7 @@ def checkout(tmp_path):
 def call(folder: Path, *command: str, version="3.11.7", fails="nothing"):
     # make hands what was said on its command line down to its children; these tests may be such a child.
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in {"ARGS", "NB", "PROFILE"}}
-    fakes = {"FAKE_VERSION": version, "FAKE_FAILS": fails, "PYTHON": str(folder / "fakepython")}
+    fakes = {"FAKE_VERSION": version, "FAKE_FAILS": fails, "PYTHON": str(folder / "fakepython"), "CI_BROWSER": "none"}
     return subprocess.run(
         command, cwd=folder, env=inherited | fakes, capture_output=True, text=True, check=False, timeout=60
     )
@@ -150,7 +150,7 @@ def test_make_alone_explains_itself_and_installs_nothing(checkout):
 @needs_make
 def test_targets_set_up_once_and_again_when_the_lock_changes(checkout):
     assert call(checkout, "make", "mini").returncode == 0
-    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,onnx,dev]"
+    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,onnx,stream,dev]"
     mini = "-m evsam_lib.run --profile mini"
     assert calls(checkout) == ["-m venv --clear .venv", install, mini]
 
