@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,13 @@ def epoch_positions(seed: int, step: int, *, batch_size: int, count: int) -> lis
     """
     if count < 1:
         raise ValueError("the training set is empty: expected at least one image")
-    orders: dict[int, list[int]] = {}
-    picked = []
-    for position in range(step * batch_size, (step + 1) * batch_size):
-        epoch, place = divmod(position, count)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(count, generator=generator_for(seed, ORDER, epoch)).tolist()
-        picked.append((epoch, orders[epoch][place]))
-    return picked
+    positions = (divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size))
+    return [(epoch, _order(seed, epoch, count)[place].item()) for epoch, place in positions]
+
+
+@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch; SA-1B's order takes half a second to draw
+def _order(seed: int, epoch: int, count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=generator_for(seed, ORDER, epoch))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

@@ -34,11 +34,9 @@ from evsam_lib.models.weights import save_weights
 from evsam_lib.models.zoo import load_model
 from evsam_lib.training import losses
 
-SIDE, LOW_RES, OBJECTS = (
-    512,
-    128,
-    24,
-)  # scene side = prompt frame; side of the decoder's masks; most objects kept per scene
+SIDE = 512  # of a scene in pixels, and of the prompt frame
+LOW_RES = 128  # side of the decoder's masks
+OBJECTS = 24  # most objects kept per scene
 SEED = 2024
 
 
