@@ -256,6 +256,24 @@ def test_finished_folder_is_used_again(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sa"]
 
 
+def test_of_two_processes_the_first_to_end_writes(tmp_path, monkeypatch):
+    """What another process finished meanwhile is not taken from under its reader."""
+    root, real, stamps = tmp_path / "sa", write.scene, []
+
+    def meanwhile(*args, **options):
+        monkeypatch.setattr(write, "scene", real)
+        with monkeypatch.context() as other:
+            other.setattr(write.os, "getpid", lambda: -1)
+            write_sa1b(root, 1, seed=6, size=SIZE)
+        stamps.append(root.stat().st_ino)
+        return real(*args, **options)
+
+    monkeypatch.setattr(write, "scene", meanwhile)
+    write_sa1b(root, 1, seed=6, size=SIZE)
+    assert stamps == [root.stat().st_ino]
+    assert [path.name for path in tmp_path.iterdir()] == ["sa"]
+
+
 def test_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     root = write_sa1b(tmp_path / "sa", 1, seed=6, size=SIZE)
     monkeypatch.setattr(write, "scene", lambda *_, **__: 1 / 0)

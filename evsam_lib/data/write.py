@@ -214,7 +214,7 @@ def _make(root: Path, write: Callable[[Path], None], *, layout: str, count: int,
     wanted = {"generated_by": "evsam_lib.data.generate", "layout": layout, "count": count, "seed": seed}
     wanted |= {"size": [int(side) for side in size], "start": start, "version": VERSION}
     mark = root / "generated.json"
-    if mark.is_file() and json.loads(mark.read_text()) == wanted:
+    if _holds(mark, wanted):
         return root
     if root.exists() and not mark.is_file() and (not root.is_dir() or any(root.iterdir())):
         raise FileExistsError(f"{root} holds files that were not generated; expected an empty or a generated folder.")
@@ -223,13 +223,18 @@ def _make(root: Path, write: Callable[[Path], None], *, layout: str, count: int,
         fresh.mkdir(parents=True)
         write(fresh)
         (fresh / "generated.json").write_text(json.dumps(wanted, indent=1) + "\n")
-        if root.exists():
-            root.rename(old)
-        fresh.rename(root)
+        if not _holds(mark, wanted):  # two processes may have begun; the first to end has it
+            if root.exists():
+                root.rename(old)
+            fresh.rename(root)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return root
+
+
+def _holds(mark: Path, wanted: dict) -> bool:
+    return mark.is_file() and json.loads(mark.read_text()) == wanted
 
 
 def _save_jpg(image: np.ndarray, path: Path) -> None:
