@@ -19,6 +19,7 @@ from evsam_lib import evaluate as ev
 from evsam_lib import scores
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.write import write_coco
+from evsam_lib.evaluate import parts
 from evsam_lib.evaluate.batch import read_ahead
 from evsam_lib.models.zoo import load_model
 from evsam_lib.predict import BatchPredictor, Predictor
@@ -275,6 +276,17 @@ def test_an_interrupted_run_goes_on_where_it_was(model, images, tmp_path, monkey
     assert comparable(ev.evaluate(model, images, out=out, resume=True)) == comparable(whole)
     ev.evaluate(model, images, out=out, limit=1)  # without `resume` a part is begun anew
     assert len(part.read_text().splitlines()) == 2
+
+
+def test_what_several_processes_finished_is_taken_by_one(model, images, tmp_path, monkeypatch):
+    out = tmp_path / "coco[gt].json"
+    ev.evaluate(model, images, out=out, shard=(1, 2), batch=1)
+    assert parts.finished(out, {}) is None  # the other half is missing
+    shared = ev.evaluate(model, images, out=out, shard=(2, 2), batch=1)
+    monkeypatch.setattr(CocoImages, "read", lambda *_: pytest.fail("nothing is to be read again"))
+    assert comparable(ev.evaluate(model, images, out=out, batch=1, resume=True)) == comparable(shared)
+    with pytest.raises(ValueError, match=r"other settings \(refine: 0 there, 1 here\)"):
+        ev.evaluate(model, images, out=out, batch=1, refine=1, resume=True)
 
 
 _read = CocoImages.read

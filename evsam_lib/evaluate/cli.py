@@ -78,7 +78,7 @@ def _report(result: dict, options: argparse.Namespace, files: list[Path]) -> int
     if options.results is not None:
         write_results_file(result, options.results)
     write_result(result, options.out)
-    if len(files) == 1:  # those of several shards stay: another process may be reading them
+    if len(files) == 1 and not options.keep_part:  # those of several shards stay: another process may be reading them
         files[0].unlink()
     summary = result["summary"]
     print(f"{summary['model']}, weights {options.weights}, {summary['images']} images, {summary['seconds']} s")
@@ -165,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=_whole, help="threads that read images ahead; 0 on a CPU, up to 8 on a GPU")
     add("--shard", type=_shard, help="i/n: the i-th of n shares; under torchrun each rank takes its own")
     add("--resume", action="store_true", help="go on with the part files that an earlier run left beside --out")
+    add("--keep-part", action="store_true", help="leave the part file, for notebooks with this folder as `evaluations`")
     add("--limit", type=_positive, help="number of images (that have objects, unless boxes are a detector's)")
     rules = parser.add_argument_group("rules that one may question, by default those of the authors' script")
     add = rules.add_argument

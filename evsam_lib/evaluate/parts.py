@@ -6,13 +6,14 @@ again. Images are shared out in whole batches, so that one process and many comp
 very same numbers.
 """
 
+import glob
 import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["append", "incomplete", "join_parts", "open_part", "part_path", "share"]
+__all__ = ["append", "finished", "incomplete", "join_parts", "open_part", "part_path", "share"]
 
 # What may differ between the processes of one run: places, not what is there, which is compared by its sha256.
 _MAY_DIFFER = ("threads", "images_dir", "annotations", "weights", "detections_file")
@@ -56,6 +57,22 @@ def open_part(path: Path, header: dict, *, resume: bool) -> tuple[set[int], Text
     _check_same(header, there, path)
     os.truncate(path, whole)
     return set(lines), path.open("a")
+
+
+def finished(out: str | Path, header: dict) -> list[Path] | None:
+    """The parts beside `out` that are a whole run between them, however many processes it had; None if there are none.
+
+    Raises:
+        ValueError: they are a whole run, but one with other settings.
+    """
+    out, header = Path(out), json.loads(json.dumps(header))
+    for first in sorted(out.parent.glob(f"{glob.escape(out.stem)}.part-1-of-*.jsonl")):
+        count = int(first.stem.rpartition("-")[2])
+        files = [part_path(out, (number, count)) for number in range(1, count + 1)]
+        if not incomplete(files):
+            _check_same(header, join_parts(files)[0], first)
+            return files
+    return None
 
 
 def append(part: TextIO, lines: Iterable[dict]) -> None:

@@ -83,7 +83,8 @@ def evaluate(
         out: path of the result to be, which the caller writes. Given one, a part file beside it (`part_path`) holds
             what is done, image by image; it stays.
         shard: (i, n), do the i-th of n shares (from 1); n above 1 needs `out`.
-        resume: go on with the part file that an earlier run with the same settings left.
+        resume: go on with the part file that an earlier run with the same settings left; a run that several
+            processes have finished is taken as it is.
         weights: file the model was read from, for the summary.
         detections_file: file the detections were read from, for the summary.
         progress: show a progress bar.
@@ -125,6 +126,8 @@ def evaluate(
         lines = []
         _run(predictor, images, plan.jobs, settings, lines.extend, workers=workers, progress=progress)
         return _finish(header, lines, evaluator=evaluator)
+    if resume and shard == (1, 1) and (files := parts.finished(out, header)):
+        return merge(files, annotations=images.annotations_json, evaluator=evaluator)
     done, part = parts.open_part(parts.part_path(out, shard), header, resume=resume)
     with part:
         shares = parts.share(plan.jobs, settings["batch"], shard, done)
