@@ -5,6 +5,7 @@
 #   make lab                     open JupyterLab
 #   make test                    all tests
 #   make quick                   the tests that take seconds
+#   make workflow ARGS=-n        Snakemake, for a cluster: what would run (see Snakefile and README)
 #   make clean                   remove mini results and caches
 #   make distclean               remove .venv too
 #
@@ -21,7 +22,7 @@ READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup mini notebook lab test quick clean distclean
+.PHONY: help setup mini notebook lab test quick workflow clean distclean
 
 help:
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -57,9 +58,19 @@ test: $(READY)
 quick: $(READY)
 	$(RUN) -m pytest -m 'not slow and not browser' $(ARGS)
 
+# In an environment of its own: Snakemake holds packages of the study back, and only calls the runner.
+SNAKEMAKE := .venv-workflow/bin/snakemake
+$(SNAKEMAKE): | $(READY)
+	@rm -rf .venv-workflow
+	$(RUN) -m venv .venv-workflow
+	.venv-workflow/bin/python -m pip install --quiet 'snakemake>=9.10,<10' || { rm -rf .venv-workflow; exit 1; }
+
+workflow: $(SNAKEMAKE)
+	$(SNAKEMAKE) $(ARGS)
+
 clean:
 	rm -rf results/mini .pytest_cache .ruff_cache build dist
 	find evsam_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) .venv-workflow *.egg-info
