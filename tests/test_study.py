@@ -113,6 +113,13 @@ class TestSave:
         assert (comparison.verdict == "generated data").any()
 
 
+def test_only_long_evaluations_are_taken_up_again(opened, tmp_path):
+    assert opened().resumable("coco", "gt-box", "m") == {}
+    found = opened(profile="paper").resumable("coco", "gt-box", "distilled, trained", "")
+    out = tmp_path / "results/paper/evaluations/coco-gt-box-distilled_trained.json"
+    assert found == {"out": out, "resume": True}
+
+
 class TestRefusals:
     def test_missing_data_says_what_to_get(self, opened, tmp_path):
         with pytest.raises(FileNotFoundError, match="get COCO and put it there"):

@@ -243,6 +243,17 @@ class Study:
             self._files.append(name)
         return path
 
+    def resumable(self, *words: str) -> dict[str, Any]:
+        """Arguments with which `evaluate` goes on where a killed run of hours stopped; none in mini, all of it anew.
+
+        They name a file under results/<profile>/evaluations, after the words that say what is measured (empty ones
+        are left out). The Snakefile's jobs leave their results there too, under the same names.
+        """
+        if self.profile == "mini":
+            return {}
+        name = "-".join(re.sub(r"[^\w.-]+", "_", word) for word in words if word)
+        return {"out": self.folder.parent / "evaluations" / f"{name}.json", "resume": True}
+
     def input(self, path: str | Path) -> Path:
         """Note a data set or checkpoint this result rests on, with its sha256, and return its path.
 
