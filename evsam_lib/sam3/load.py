@@ -1,0 +1,211 @@
+"""`load_sam3`, the way to every model of the table: random, from a file of ours, from a released one, from the hub.
+
+A file is read whole or not at all. What it holds is told by its names, so the wrong student's is refused in words. The
+official loader places what fits and passes over the rest; the model's `report` accounts for every tensor.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from evsam_lib.models.weights import load_strictly, read_state_dict, save_weights, weights_root
+from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
+from evsam_lib.sam3.zoo import IMAGES, SCALES, TEACHER, TEXTS, configuration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["contents", "load_sam3", "save_sam3"]
+
+
+def load_sam3(
+    name: str,
+    weights: str | Path | None = None,
+    *,
+    text: str | None = None,
+    context: int | None = None,
+    scale: str = "full",
+    image_size: int | None = None,
+    without: tuple[str, ...] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> "PreTrainedModel":
+    """A model of the table, in evaluation mode; its `report` says how its weights came in.
+
+    Args:
+        name: one of `MODELS`, such as "ES-EV-S".
+        weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
+            of `save_sam3`, or "official" for the released weights: a file under `weights_root()`; for SAM3,
+            facebook/sam3 on Hugging Face, which asks for access.
+        text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
+        context: tokens of a phrase; None is 16, for SAM3's text 32.
+        scale: "full" or "mini".
+        image_size: side of the input, pixels; None is the scale's.
+        without: parts, "tracker" or "geometry", that the file may lack; they keep a random start, and prompts that
+            would use them are refused.
+        device: where the model lives.
+        dtype: of its parameters.
+
+    Returns:
+        transformers' `Sam3VideoModel`: `detector_model`, `tracker_model`, `tracker_neck`.
+
+    Raises:
+        ValueError: an unknown name, or weights that do not fit: the message says whose they are or what is missing.
+        FileNotFoundError: there is no such file.
+        PermissionError: facebook/sam3 has not been granted to this machine's Hugging Face account.
+    """
+    from transformers import Sam3VideoModel
+
+    config = configuration(name, text, context=context, scale=scale, image_size=image_size)
+    if name == TEACHER and weights == "official":
+        model = _from_hub("facebook/sam3", config)
+    else:
+        path = _weights_path(name, weights)
+        state = None if path is None else read_state_dict(path)
+        # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
+        model = Sam3VideoModel(config)
+        model.report = _random_start(model) if state is None else _fill(model, state, path, without)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def save_sam3(model: "PreTrainedModel", path: str | Path) -> Path:
+    """Writes a model's weights as one safetensors file, which `load_sam3` reads back bit for bit."""
+    return save_weights(model, path)
+
+
+def contents(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
+    """Which encoders and which scale a file holds, told by a few names and shapes, in either naming.
+
+    Args:
+        state: names to tensors.
+
+    Returns:
+        "image", "text" and "scale"; None where it cannot be told. LiteText's image encoder is SAM3's.
+    """
+    image = trunk = None
+    if head := _first(state, r"(trunk\.(\w+\.)?model|vision_encoder\.backbone)\.head\.0\.weight$"):
+        family = next((name for name, sign in _SIGNS.items() if _first(state, sign)), None)
+        rows = ((name, (row.official[0], row.width)) for name, row in IMAGES.items())
+        image = next((name for name, found in rows if found == (family, head[1].shape[1])), None)
+        trunk = head[1].shape[0]
+    elif tower := _first(state, r"(patch_embed\.proj|patch_embeddings\.projection)\.weight$"):
+        image, trunk = TEACHER, tower[1].shape[0]
+    scale = next((name for name, scale in SCALES.items() if scale.trunk[0] == trunk), None)
+    return {"image": image, "text": _text_of(state, scale), "scale": scale}
+
+
+_SIGNS = {
+    "efficientvit": r"stem_in_conv|input_stem",
+    "repvit": r"\.features\.0\.|\.stem\.conv1",
+    "tinyvit": r"patch_embed\.(seq|conv1)",
+}
+
+
+def _first(state: dict[str, torch.Tensor], pattern: str) -> tuple[str, torch.Tensor] | None:
+    return next(((key, value) for key, value in state.items() if re.search(pattern, key)), None)
+
+
+def _text_of(state: dict[str, torch.Tensor], scale: str | None) -> str | None:
+    """By the kind of names; the students by convolutions in them and by their width."""
+    text = {key: value for key, value in state.items() if "language_backbone" in key or "text_encoder" in key}
+    if _first(text, "resblocks|text_model"):
+        return TEACHER
+    table = _first(text, r"(embedding_layer|token_embedding)\.weight$")
+    if table is None or scale is None:
+        return None
+    mixed, share = _first(text, "token_mixer") is not None, SCALES[scale].text_share
+    rows = ((name, (row.repmixer, int(row.width * share))) for name, row in TEXTS.items())
+    return next((name for name, found in rows if found == (mixed, table[1].shape[1])), None)
+
+
+def _random_start(model) -> Report:
+    """transformers draws the tracker's position code twice, for prompts and for the image; there is but one."""
+    tracker = model.tracker_model
+    tracker.prompt_encoder.shared_embedding.load_state_dict(tracker.shared_image_embedding.state_dict())
+    return Report("random start")
+
+
+def _weights_path(name: str, weights: str | Path | None) -> Path | None:
+    if weights is None:
+        return None
+    if weights != "official":
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'official' or None.")
+        return Path(weights)
+    if name not in IMAGES:
+        raise ValueError(f"{name} has no file of its own; give the path of one.")
+    path = weights_root() / IMAGES[name].file_name
+    if not path.is_file():
+        raise FileNotFoundError(f"No checkpoint at {path}; download {IMAGES[name].checkpoint} to there.")
+    return path
+
+
+def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str, ...]) -> Report:
+    """Loads what a file holds, all of it or nothing."""
+    study = model.config.study
+    report = Report(str(path), renamed=len(state))
+    _check_contents(state, study, str(path))
+    own = model.state_dict()
+    if is_official(state):
+        row = IMAGES.get(study["name"])
+        start = "detector_model.vision_encoder.backbone.net."
+        trunk = [key.removeprefix(start) for key in own if key.startswith(start)]
+        rows = model.config.detector_config.text_config.max_position_embeddings
+        family = row.official[0] if row else None
+        state, report = from_official(state, trunk, family=family, context=rows, source=str(path))
+    else:
+        _check_positions(state, own, str(path))
+    for part, (prefixes, uses) in OPTIONAL.items():
+        names = [key for key in own if key.startswith(prefixes)]
+        if any(key in state for key in names):
+            continue
+        if part not in without:
+            raise ValueError(f"{path} holds no {part}, which {uses}; without=({part!r},) loads the rest.")
+        state |= {key: own[key] for key in names}
+        report.absent.append(part)
+    load_strictly(model, state, source=str(path))
+    return report
+
+
+def _check_contents(state: dict[str, torch.Tensor], study: dict[str, str], source: str) -> None:
+    """Whose weights these are is said in the users' words, before any name is compared."""
+    found = contents(state)
+    image = TEACHER if study["name"] == "LiteText" else study["name"]
+    wanted = {"image": image, "text": study["text"], "scale": study["scale"]}
+    for part in ("image", "text", "scale"):
+        if found[part] not in (None, wanted[part]):
+            what = {"image": "image encoder", "text": "text encoder", "scale": "scale"}[part]
+            raise ValueError(f"{source} holds the {what} {found[part]}, the model asked for has {wanted[part]}.")
+
+
+def _check_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:
+    for key in own:
+        if "position_embedding" in key and "text_encoder" in key and key in state:
+            rows, wanted = state[key].shape[-2], own[key].shape[-2]
+            if rows != wanted:
+                raise ValueError(
+                    f"{source} was saved with a context of {rows} tokens, the model asks for {wanted}; "
+                    f"load it with context={rows}."
+                )
+
+
+def _from_hub(repository: str, config):
+    """SAM3 as transformers publishes it; every key must fit."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from transformers import Sam3VideoModel
+
+    try:
+        model, info = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
+    except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise PermissionError(
+            f"{repository} cannot be read: ask for access at https://huggingface.co/{repository}, then log in with "
+            "`hf auth login`; or give a file's path, or use LiteText or a student."
+        ) from error
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        raise ValueError(f"{repository} does not fit transformers' Sam3VideoModel: {wrong}.")
+    model.config.study = config.study
+    model.report = Report(repository, renamed=len(model.state_dict()))
+    return model
