@@ -41,6 +41,7 @@ def ensure_torchvision() -> bool:
     import torchvision
 
     _open_gate(torchvision)
+    _leave_uncompiled()
     return True
 
 
@@ -61,6 +62,13 @@ def _open_gate(torchvision) -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("torchvision.") and getattr(module, "_assert_has_ops", None) is gate:
             module._assert_has_ops = lambda: None
+
+
+def _leave_uncompiled() -> None:
+    """Without its operators torchvision pools boxes (SAM3's examples) by a Python function that it compiles on first
+    use: half a minute for the work of a millisecond. The function itself does as well."""
+    module = sys.modules["torchvision.ops.roi_align"]
+    module._roi_align = getattr(module._roi_align, "__wrapped__", module._roi_align)
 
 
 def _nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:

@@ -292,9 +292,9 @@ def test_a_trunk_on_the_meta_device_gets_its_tables_back(tmp_path):
 def test_the_trunk_serves_transformers_tracker():
     from transformers import Sam3TrackerConfig, Sam3TrackerModel
 
-    small = {"hidden_size": 64, "num_attention_heads": 4, "mlp_dim": 128, "iou_head_hidden_dim": 64}
+    small = {"hidden_size": 128, "num_attention_heads": 4, "mlp_dim": 128, "iou_head_hidden_dim": 64}
     vision = configuration("ES-EV-S", scale="mini", image_size=112).detector_config.vision_config
-    prompts = {"hidden_size": 64, "image_size": 112}
+    prompts = {"hidden_size": 128, "image_size": 112}
     config = Sam3TrackerConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=small)
     tracker = Sam3TrackerModel(config).eval()
     with torch.inference_mode():

@@ -15,7 +15,7 @@ __all__ = ["Sam3Processor", "VideoPredictor", "load_sam3"]
 _MISSING = [name for name in ("transformers", "open_clip") if find_spec(name) is None]
 if _MISSING:
     raise ModuleNotFoundError(
-        f"evsam_lib.sam3 needs {' and '.join(_MISSING)}: pip install -c requirements.lock -e '.[sam3]' brings all of it."
+        f"evsam_lib.sam3 needs {' and '.join(_MISSING)}: pip install -c requirements.lock -e '.[sam3]'"
     )
 ensure_torchvision()  # before transformers' SAM3 and timm, which import torchvision
 

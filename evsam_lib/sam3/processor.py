@@ -142,7 +142,7 @@ class Sam3Processor:
         Raises:
             ValueError: the box lies outside, or the model's file held no encoder of examples.
         """
-        self._require("geometry", "example boxes")
+        self.require("geometry", "example boxes")
         x0, y0, x1, y1 = _box(box, state.size)
         (height, width), middle = state.size, ((x0 + x1) / 2, (y0 + y1) / 2)
         state.examples.append(
@@ -184,7 +184,7 @@ class Sam3Processor:
         kept = kept[matches[kept].argsort(descending=True)]
         height, width = state.size
         scale = torch.tensor([width, height, width, height], device=matches.device)
-        probabilities = _enlarged(out.pred_masks[0, kept].float(), state.size).sigmoid()
+        probabilities = enlarged(out.pred_masks[0, kept].float(), state.size).sigmoid()
         return Concepts(
             masks=(probabilities > 0.5).cpu().numpy(),
             boxes=(out.pred_boxes[0, kept].float() * scale).cpu().numpy(),
@@ -201,7 +201,7 @@ class Sam3Processor:
         SAM3's code always adds one token of the geometry encoder to a phrase, examples or not; transformers leaves it
         out when there is no box. A box marked as filling brings it back.
         """
-        text, mask = self._text(state.phrase or "visual")
+        text, mask = self.text(state.phrase or "visual")
         boxes = {}
         if "geometry" not in self.model.report.absent:
             examples = state.examples or [([0.0] * 4, -10)]
@@ -233,7 +233,7 @@ class Sam3Processor:
         Raises:
             ValueError: no prompt, one of another shape, or a model whose file held no tracker.
         """
-        self._require("tracker", "points and boxes")
+        self.require("tracker", "points and boxes")
         if point_coords is None and box is None and mask_input is None:
             raise ValueError("A prompt needs points, a box or a mask, none was given.")
         tracker, features = self.model.tracker_model, self._tracked(state)
@@ -249,12 +249,12 @@ class Sam3Processor:
             multimask_output=multimask_output,
             high_resolution_features=features[:-1],
         )
-        logits = _enlarged(low_res[0, 0].float(), state.size)
+        logits = enlarged(low_res[0, 0].float(), state.size)
         masks = (logits > 0).cpu().numpy()
         return Masks(
             masks=masks,
             scores=iou[0, 0].float().cpu().numpy(),
-            boxes=np.stack([_around(mask) for mask in masks]),
+            boxes=np.stack([outline_box(mask) for mask in masks]),
             presence=present.float().sigmoid().item(),
             logits=logits.cpu().numpy(),
             low_res=low_res[0, 0].float().cpu().numpy(),
@@ -312,7 +312,7 @@ class Sam3Processor:
             ]
         return state.tracked
 
-    def _text(self, phrase: str) -> tuple[object, Tensor]:
+    def text(self, phrase: str) -> tuple[object, Tensor]:
         """Features of a phrase and its mask, kept. The students see the filling, as in the code they were trained by;
         the detector does not."""
         if phrase not in self._phrases:
@@ -322,7 +322,7 @@ class Sam3Processor:
             self._phrases[phrase] = detector.get_text_features(ids, attention_mask=None if students else mask), mask
         return self._phrases[phrase]
 
-    def _require(self, part: str, what: str) -> None:
+    def require(self, part: str, what: str) -> None:
         if part in self.model.report.absent:
             raise ValueError(f"{self.model.report.source} held no {part}, so this model takes no {what}.")
 
@@ -354,7 +354,7 @@ def pixels(image: np.ndarray, side: int) -> Tensor:
     return resized[0].round().clamp(0, 255) / 127.5 - 1
 
 
-def _enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, h, w) -> (N, H, W)."""
     if not len(logits):
         return logits.new_zeros(0, *size)
@@ -372,7 +372,7 @@ def _box(box, size: tuple[int, int]) -> list[float]:
     return [x0, y0, x1, y1]
 
 
-def _around(mask: np.ndarray) -> np.ndarray:
+def outline_box(mask: np.ndarray) -> np.ndarray:
     if not mask.any():
         return np.zeros(4, np.float32)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

@@ -132,7 +132,8 @@ SCALES: dict[str, Scale] = {
     "full": Scale(
         1008, (1024, 4736, 32, 16, 24, (7, 15, 23, 31)), 256, 8, 6, 3, 200, 2048, (1024, 24, 16), 4
     ),  # transformers' defaults are SAM3's
-    "mini": Scale(224, (64, 256, 4, 4, 8, (1, 3)), 64, 4, 2, 1, 10, 128, (64, 2, 4), 1, text_share=0.125),
+    # width: transformers cuts an object's pointer into pieces of 64, and fails where there is but one
+    "mini": Scale(224, (64, 256, 4, 4, 8, (1, 3)), 128, 4, 2, 1, 10, 256, (64, 2, 4), 1, text_share=0.125),
 }
 PATCH = 14
 
@@ -298,7 +299,7 @@ def _tracker(vision, scale: Scale, size: int):
         memory_attention_num_layers=scale.memory,
         memory_attention_feed_forward_hidden_size=scale.mlp,
         memory_encoder_hidden_size=scale.width,
-        memory_encoder_output_channels=scale.width // 4,
+        memory_encoder_output_channels=64,  # as transformers' attention to memories expects at every width
         mask_downsampler_embed_dim=scale.width,
         memory_fuser_embed_dim=scale.width,
         memory_fuser_intermediate_dim=4 * scale.width,
