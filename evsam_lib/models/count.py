@@ -8,6 +8,7 @@ image encoder's MACs, for one image at the model's native size. Notebook 01 sets
 """
 
 import re
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import pandas as pd
@@ -17,7 +18,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from evsam_lib.models.sam import Sam
 from evsam_lib.models.zoo import ZOO
 
 PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
@@ -87,11 +87,12 @@ class Ledger(TorchDispatchMode):
         self.kind: str | None = None  # of what runs inside a call that was counted by its name
 
     @contextmanager
-    def watching(self, model: Sam):
-        """Within it, what `model` computes is counted."""
+    def watching(self, model: nn.Module, part_of: Callable[[str], str | None] | None = None):
+        """Within it, what `model` computes is counted; `part_of` names the part of a module, those of `Sam` if None."""
+        part_of = part_of or _part_of
         handles = []
         for name, module in model.named_modules():
-            if part := _part_of(name):
+            if part := part_of(name):
                 self.counts.setdefault(part, {})
                 handles.append(module.register_forward_pre_hook(lambda *_, part=part: self.open.append(part)))
                 handles.append(module.register_forward_hook(self._close))
@@ -123,7 +124,8 @@ class Ledger(TorchDispatchMode):
     def _close(self, module, inputs, output) -> None:
         part = self.open.pop()
         last = output[0] if isinstance(output, tuple | list) else output
-        self.shapes[part] = " x ".join(str(n) for n in last.shape[1:])
+        if isinstance(last, torch.Tensor):
+            self.shapes[part] = " x ".join(str(n) for n in last.shape[1:])
 
 
 class _Calls(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """The numbers printed in the paper, and the verdict on each of ours.
 
-The paper is EfficientViT-SAM (Zhang, Cai and Han, 2024). Its numbers live once, in `results/reference/*.csv`, one row
+The paper is EfficientViT-SAM (Zhang, Cai and Han, 2024); beside it stand the sizes that EfficientSAM3's documents state
+(`efficientsam3.csv`, where `page` names the document). The numbers live once, in `results/reference/*.csv`, one row
 per printed cell. Explained in notebooks 00_start_here and 20_report.
 
 A verdict is one of
@@ -36,6 +37,7 @@ _SAME = {
 _NEEDS = {
     "params": "the model's definition",
     "MACs": "the model's definition",
+    "efficientsam3": "the models' definitions",
     "throughput": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "speed-up": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "table5": "COCO val2017, detector boxes and released weights",
