@@ -54,6 +54,12 @@ class TestMini:
         assert table.value["table1", rows["efficientvit-sam-xl1"], "params"] == pytest.approx(203.3, abs=0.05)
         assert table.value["table1", rows["efficientvit-sam-l0"], "MACs"] == pytest.approx(35, abs=0.5)
 
+    def test_efficientsam3_is_nine_times_cheaper_than_sam3(self, results):
+        table = read_table(results / "16_efficientsam3_compute").set_index(["table", "row", "column"])
+        ratio = table.value["ledger", "SAM3", "detector"] / table.value["ledger", "ES-EV-S", "detector"]
+        assert ratio == pytest.approx(9.2, abs=0.05)
+        assert table.value["efficientsam3", "SAM3", "vision encoder"] == pytest.approx(461.84, abs=0.005)
+
     def test_distillation_lowers_the_embedding_error(self, results):
         table = read_table(results / "04_distill_encoder").set_index(["row", "column"])
         assert table.value["distilled", "l2"] < table.value["random start", "l2"]

@@ -2,7 +2,7 @@
 
 Counted by the ledger of `evsam_lib.models.count`, `macs` as there: convolutions, linear layers and all matrix products,
 the attention's among them. One pass is one image and one phrase, without example boxes; points and boxes are counted
-apart. What is paid once an image (`vision`) and what every phrase costs again (`phrase`) is the difference that matters.
+apart. What is paid once an image (`vision`) is kept from what every phrase costs again (`phrase`).
 Notebook 16 draws it.
 """
 
