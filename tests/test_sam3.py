@@ -148,17 +148,24 @@ def test_every_official_name_is_placed_or_explained(image, text, context):
     assert theirs == sum(p.numel() for n, p in model.named_parameters() if "positional_embedding" not in n)
 
 
+@cache
+def places(name, text):
+    """{official name: (shape, names it becomes)} for one model."""
+    start = "detector_model.vision_encoder.backbone.net."
+    trunk = [key.removeprefix(start) for key in meta_model(name, text).state_dict() if key.startswith(start)]
+    family = IMAGES[name].official[0] if name in IMAGES else None
+    found = {}
+    for key, shape in official_shapes(name, text).items():
+        key = re.sub(r"(encoder\.transformer)\.5\.", r"\1.2.", key)  # the small ES-MC-S has three layers, not six
+        one = {key: torch.empty(shape, device="meta")}
+        found[key] = shape, list(from_official(one, trunk, family=family, context=16, source="a file")[0])
+    return found
+
+
 def officially_named(model):
     """A small model's tensors under official names, `detector.` and `tracker.` before them as in released files."""
-    study, own = model.config.study, model.state_dict()
-    start = "detector_model.vision_encoder.backbone.net."
-    trunk = [key.removeprefix(start) for key in own if key.startswith(start)]
-    family = IMAGES[study["name"]].official[0] if study["name"] in IMAGES else None
-    state = {}
-    for name, shape in official_shapes(study["name"], study["text"]).items():
-        name = re.sub(r"(encoder\.transformer)\.5\.", r"\1.2.", name)  # the small ES-MC-S has three layers, not six
-        one = {name: torch.empty(shape, device="meta")}
-        ours = list(from_official(one, trunk, family=family, context=16, source="a file")[0])
+    study, own, state = model.config.study, model.state_dict(), {}
+    for name, (shape, ours) in places(study["name"], study["text"]).items():
         if not set(ours) <= set(own):  # a layer that the small scale does not have
             continue
         value = (
@@ -185,7 +192,9 @@ def same(first, second):
     return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-@pytest.mark.parametrize("name", ["ES-EV-S", "ES-RV-M", "ES-TV-S"])
+@pytest.mark.parametrize(
+    "name", ["ES-EV-S", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ES-RV-M", "ES-TV-S"))]
+)
 def test_official_files_load_whole(name, tmp_path):
     model = mini(name)
     torch.save({"model": officially_named(model)}, tmp_path / "official.pt")
@@ -262,7 +271,13 @@ def ev_l_files(tmp_path_factory):
     return {True: folder / "official.pt", False: save_sam3(model, folder / "ours.safetensors")}
 
 
-@pytest.mark.parametrize(("name", "text"), [("ES-TV-S", "ES-MC-S"), ("ES-RV-S", "SAM3"), ("SAM3", None)])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ES-TV-S", "ES-MC-S"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ES-RV-S", "SAM3"), ("SAM3", None))),
+    ],
+)
 def test_saved_and_loaded_bit_for_bit(name, text, tmp_path):
     from transformers import Sam3VideoModel
 

@@ -66,7 +66,7 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
         [
             warning,
             "# EfficientViT-SAM: results of this study",
-            f"Of the {len(cells)} numbers the paper prints: {summary}. "
+            f"Of the {len(cells)} printed numbers: {summary}. "
             "A number matches within half a unit of its last printed digit.",
             pipes(counts.reset_index(names="paper")),
         ]
