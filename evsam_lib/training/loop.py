@@ -49,6 +49,8 @@ def fit(
     trained: str = "",
     weight_decay: float = WEIGHT_DECAY,
     clip_value: float | None = None,
+    clip_norm: float | None = None,
+    schedule: Callable[[int, int], float] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -69,6 +71,8 @@ def fit(
         trained: prefix of the parameter names to train; "" trains all that require a gradient.
         weight_decay: of every trained parameter whose name contains neither "norm" nor "bias".
         clip_value: largest absolute value of a gradient entry (2.0 in the official code); None for no clipping.
+        clip_norm: largest norm of all gradients together; None for no clipping.
+        schedule: (step, steps) -> factor of the learning rate; None is `cosine`.
         checkpoint: folder of the checkpoint; None for none.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         resume: go on from the checkpoint, if there is one; otherwise an existing one is removed.
@@ -86,13 +90,14 @@ def fit(
     optimizer = torch.optim.AdamW(parameter_groups(named, weight_decay=weight_decay), lr=lr, betas=BETAS, eps=EPS)
     settings = json.loads(json.dumps({**settings, "steps": steps, "lr": lr, "weight_decay": weight_decay,
                                       "clip_value": clip_value, "trained": trained}))  # fmt: skip
+    settings |= {} if clip_norm is None else {"clip_norm": clip_norm}
     folder = None if checkpoint is None else Path(checkpoint)
     start = _begin(folder, model, optimizer, settings, resume)
     log = _Log(Path(log_csv), keep=start)
     batches = zip(range(start, steps), _batches(make_batch, start, steps, workers), strict=True)
     began = time.perf_counter()
     for step, batch in batches if progress is None else progress(batches):
-        factor = cosine(step, steps)
+        factor = (schedule or cosine)(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         parts = loss_of(batch, step)
@@ -100,6 +105,8 @@ def fit(
         parts["loss"].backward()
         if clip_value is not None:
             nn.utils.clip_grad_value_([p for _, p in named], clip_value)
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_([p for _, p in named], clip_norm)
         values = _numbers(parts, step)  # waits for the device, and stops before a bad step is taken
         optimizer.step()
         seconds = time.perf_counter() - began
