@@ -8,6 +8,7 @@ from `golden/fill.py` (seed 0, kinds as `kind` below), `fill.reference_image()` 
 """
 
 import gzip
+import importlib
 import json
 import re
 from functools import cache
@@ -294,6 +295,22 @@ def test_saved_and_loaded_bit_for_bit(name, text, tmp_path):
         tables = dict(loaded.named_buffers())  # also those that no file holds
         assert all(torch.equal(value, tables[key]) for key, value in model.named_buffers())
         torch.testing.assert_close(features[0], seen, rtol=1e-5, atol=1e-7)  # kernels may differ with the alignment
+
+
+def test_a_file_of_another_context_is_refused(tmp_path):
+    path = save_sam3(mini(context=16), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match=r"saved with a context of 16 tokens, the model asks for 77; .*context=16"):
+        mini(weights=path, context=77)
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    import evsam_lib.sam3
+
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ModuleNotFoundError, match=r"needs transformers and open_clip: pip install .*'\.\[sam3\]'"):
+            importlib.reload(evsam_lib.sam3)
+    importlib.reload(evsam_lib.sam3)
 
 
 def test_a_trunk_on_the_meta_device_gets_its_tables_back(tmp_path):
