@@ -84,7 +84,7 @@ class ImageState:
 
 
 class Sam3Processor:
-    """Prompts on images, for any model of `load_sam3`.
+    """Prompts on images, for any model of `load_sam3`. Features of phrases are kept: make a new one after training.
 
     Args:
         model: what `load_sam3` returns.
