@@ -7,9 +7,9 @@ lies deepest inside the error of the current mask.
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
+from evsam_lib.depth import deepest
 from evsam_lib.models.prompt_encoder import BOX_LABELS
 
 __all__ = ["next_clicks", "sample_points", "sample_prompt", "xywh_to_xyxy"]
@@ -114,8 +114,7 @@ def next_clicks(gt: np.ndarray, pred: np.ndarray, clicked: np.ndarray | None = N
     Of all wrong pixels not yet clicked, the one farthest from the edge of its error region; the image's border is an
     edge too. A missed pixel gives a positive click, a superfluous one a negative click. The larger distance decides,
     negative when both are equal; among equals the first in raster order is taken. Distances are compared as squared
-    whole numbers, so that ties are ties on every machine, and measured inside the error's bounding box only, which
-    changes nothing: the nearest pixel outside an error region is never beyond its box and one pixel around it.
+    whole numbers, so that ties are ties on every machine; only pixels that may be the deepest are measured (`depth`).
 
     An object without wrong pixels (or with all of them clicked) gets what the official code gives it: a negative
     click at (0, 0).
@@ -143,31 +142,17 @@ def next_clicks(gt: np.ndarray, pred: np.ndarray, clicked: np.ndarray | None = N
     coords = np.zeros((len(gt), 2), dtype=np.int64)
     labels = np.zeros(len(gt), dtype=np.int64)
     for i in range(len(gt)):
-        missed, missed_xy = _deepest(gt[i] & ~pred[i], clicked[i])
-        extra, extra_xy = _deepest(pred[i] & ~gt[i], clicked[i])
-        labels[i] = missed > extra
-        coords[i] = missed_xy if missed > extra else extra_xy
+        missed, extra = gt[i] & ~pred[i], pred[i] & ~gt[i]
+        if np.count_nonzero(missed) > np.count_nonzero(extra):  # the larger first: it often rules the other out
+            depth, positive = deepest(missed, clicked[i])
+            other, negative = deepest(extra, clicked[i], at_least=max(depth, 1))
+            labels[i] = depth > other
+        else:
+            depth, negative = deepest(extra, clicked[i])
+            other, positive = deepest(missed, clicked[i], at_least=depth + 1)
+            labels[i] = other > depth
+        coords[i] = positive if labels[i] else negative
     return coords, labels
-
-
-def _deepest(region: np.ndarray, clicked: np.ndarray) -> tuple[int, tuple[int, int]]:
-    """Largest squared distance to the outside of region (H, W), and the first (x, y) that has it; 0, (0, 0) if none."""
-    rows = np.flatnonzero(region.any(axis=1))
-    if len(rows) == 0:
-        return 0, (0, 0)
-    columns = np.flatnonzero(region[rows[0] : rows[-1] + 1].any(axis=0))
-    top, left = rows[0], columns[0]
-    crop = np.pad(region[top : rows[-1] + 1, left : columns[-1] + 1], 1)
-    y, x = distance_transform_edt(crop, return_distances=False, return_indices=True)  # nearest pixel outside
-    own_y, own_x = np.ogrid[: crop.shape[0], : crop.shape[1]]
-    squared = ((y - own_y) ** 2 + (x - own_x) ** 2)[1:-1, 1:-1]
-    for x, y in clicked - (left, top):
-        if 0 <= y < squared.shape[0] and 0 <= x < squared.shape[1]:
-            squared[y, x] = 0
-    y, x = np.unravel_index(squared.argmax(), squared.shape)
-    if squared[y, x] == 0:
-        return 0, (0, 0)
-    return int(squared[y, x]), (int(x + left), int(y + top))
 
 
 def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
