@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from evsam_lib.data.files import has_no_mask, read_json
+from evsam_lib.data.files import check_segmentation, has_no_mask, read_json
 
 __all__ = ["check_scoring", "coco_ap", "lvis_ap"]
 
@@ -129,7 +129,12 @@ def _truth(annotations: str | Path, *, lvis: bool) -> dict:
     if lvis and any("frequency" not in category for category in truth["categories"]):
         raise ValueError(f"Categories in {annotations} lack 'frequency': it is no LVIS file, score it as COCO.")
     # A box without a mask, which no prediction could match, is left out as in CocoImages, which counts it.
-    masks = (annotation for annotation in truth["annotations"] if not has_no_mask(annotation.get("segmentation")))
+    masks = [annotation for annotation in truth["annotations"] if not has_no_mask(annotation.get("segmentation"))]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    for annotation in masks:  # pycocotools would count masks of another size as missed, or read past their end
+        if annotation["image_id"] in sizes:
+            where = f"annotation {annotation['id']} in {annotations}"
+            check_segmentation(annotation["segmentation"], *sizes[annotation["image_id"]], where=where)
     truth["annotations"] = [{"iscrowd": 0} | annotation for annotation in masks]  # LVIS states no iscrowd
     return truth
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from evsam_lib import evaluate as ev
@@ -453,3 +455,38 @@ def test_an_image_of_another_size_than_the_file_says_stops_the_run(model, images
 
     with pytest.raises(ValueError, match=rf"Image {record.image_id} has .* made for {record.height} x"):
         ev.evaluate(model, Wrong([record]), prompt="detector-box", detections=detections)
+
+
+def test_odd_input_is_used_and_counted(data, tmp_path, capsys):
+    pictures, content = tmp_path / "pictures", json.loads(data[1].read_text())
+    shutil.copytree(data[0], pictures)
+    files = [pictures / entry["file_name"] for entry in content["images"]]
+    Image.open(files[0]).convert("CMYK").save(files[0])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.open(files[1]).save(files[1], exif=turned)
+    content["images"].append(content["images"][0] | {"id": 1000})  # without annotations
+    content["annotations"][0]["bbox"] = [500, 500, 9, 9]
+    content["annotations"][1]["bbox"] = [5, 5, 0, 9]
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps(content))
+    for number in (1, 2):  # counted by whoever reads the picture, once
+        assert ev.main(command((pictures, odd), tmp_path / "out.json", "--shard", f"{number}/2")) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["summary"]["noted"] == {
+        "annotation whose box has no area": 1,
+        "annotation whose box lies outside its image": 1,
+        "image without annotations": 1,
+        "picture of mode CMYK, converted to RGB": 1,
+        "picture with an EXIF rotation, which is not applied": 1,
+    }
+    assert "noted: 1 annotation whose box has no area, 1 " in capsys.readouterr().out
+
+
+def test_nothing_to_score_stops(data, tmp_path, capsys):
+    content = json.loads(data[1].read_text())
+    tiny = tmp_path / "tiny.json"
+    tiny.write_text(json.dumps(content | {"annotations": [a | {"area": 0.5} for a in content["annotations"]]}))
+    assert ev.main(command((data[0], tiny), tmp_path / "out.json")) == 2
+    count = len(content["annotations"])
+    assert f"tiny.json has no object to score: {count} tiny ones and 0 crowds were left out" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()

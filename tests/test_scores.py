@@ -201,3 +201,23 @@ def test_wrong_files_and_evaluators_are_named_before_anything_is_done(truth, tmp
     monkeypatch.setattr(scores.importlib.metadata, "version", missing)
     with pytest.raises(ImportError, match=r"faster-coco-eval is not installed; it comes with evsam\[eval\]"):
         scores.lvis_ap(path, [])
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        (rle(0, 0, 9, 9, (50, 40)), "made for 50 x 40 pixels"),
+        ({"size": [*HW], "counts": [5, 5]}, "sum to 10"),
+        ({"size": [*HW], "counts": "PP"}, "sum to 0"),
+        ([[1, 2, 3, 4]], "three x, y pairs"),
+    ],
+)
+def test_annotations_whose_masks_cannot_be_compared_stop_before_anything_is_scored(
+    truth, tmp_path, segmentation, reason
+):
+    truth["annotations"][1]["segmentation"] = segmentation
+    file = file_of(truth, tmp_path)
+    with pytest.raises(ValueError, match=f"Segmentation of annotation 2 in .*truth.json cannot be decoded: .*{reason}"):
+        scores.check_scoring("pycocotools", lvis=False, annotations=file)
+    with pytest.raises(ValueError, match="annotation 2"):
+        scores.lvis_ap(file, RESULTS)

@@ -13,15 +13,19 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 __all__ = [
+    "check_segmentation",
     "decode_rgb",
     "decode_segmentation",
     "has_no_mask",
     "is_finite",
     "parse_json",
+    "picture_oddities",
     "read_json",
     "read_rgb",
     "rle_text",
 ]
+
+_EXIF_ORIENTATION = 0x0112
 
 
 def read_rgb(path: Path) -> np.ndarray:
@@ -53,6 +57,15 @@ def decode_rgb(source: Path | BinaryIO, *, name: str | Path) -> np.ndarray:
             return np.array(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"Image {name} cannot be read, it is corrupt or no picture: {error}.") from error
+
+
+def picture_oddities(path: Path) -> list[str]:
+    """What `read_rgb` has to convert in a picture, or leaves as it is though one may expect otherwise."""
+    with Image.open(path) as picture:  # reads the head of the file only
+        found = [] if picture.mode == "RGB" else [f"picture of mode {picture.mode}, converted to RGB"]
+        if picture.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            found.append("picture with an EXIF rotation, which is not applied")
+    return found
 
 
 def _eight_bits(levels: np.ndarray, mode: str) -> np.ndarray:
@@ -124,6 +137,19 @@ def decode_segmentation(segmentation: list | dict, height: int, width: int, *, w
         raise ValueError(f"Segmentation of {where} cannot be decoded: {error}.") from error
 
 
+def check_segmentation(segmentation: list | dict, height: int, width: int, *, where: str) -> None:
+    """Raises the ValueError of `decode_segmentation`, arguments alike, without decoding."""
+    try:
+        if isinstance(segmentation, list):
+            _check_polygons(segmentation)
+            return
+        text = rle_text(segmentation, height, width)
+        if not isinstance(segmentation["counts"], list):
+            _check(text, height * width)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(f"Segmentation of {where} cannot be decoded: {error}.") from error
+
+
 def rle_text(segmentation: list | dict, height: int, width: int) -> bytes:
     """The compressed counts of a COCO segmentation; those that come as text are passed on unchecked.
 
@@ -137,8 +163,7 @@ def rle_text(segmentation: list | dict, height: int, width: int) -> bytes:
         TypeError, KeyError, AttributeError, IndexError: if it is no segmentation at all.
     """
     if isinstance(segmentation, list):
-        if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise ValueError("a polygon needs at least three x, y pairs")
+        _check_polygons(segmentation)
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))["counts"]
     size, counts = segmentation["size"], segmentation["counts"]
     if list(size) != [height, width]:
@@ -148,6 +173,11 @@ def rle_text(segmentation: list | dict, height: int, width: int) -> bytes:
             raise ValueError(f"its counts sum to {sum(counts)}, not to {height} x {width} pixels")
         return coco_mask.frPyObjects(segmentation, height, width)["counts"]
     return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+
+
+def _check_polygons(polygons: list) -> None:
+    if not polygons or any(len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon needs at least three x, y pairs")
 
 
 def _check(counts: bytes, pixels: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from evsam_lib.data.coco import CocoImage, CocoImages
+from evsam_lib.data.files import picture_oddities
 from evsam_lib.data.rle import encode_masks
 from evsam_lib.evaluate.metrics import mask_iou
 from evsam_lib.models.sam import Sam
@@ -43,12 +44,14 @@ class Loaded:
         pixels: (3, S, S) float, ready for the encoder.
         size: (H, W) of the image.
         masks: (N, H, W) bool, the annotations' masks; None for detections.
+        noted: what is odd about the picture.
     """
 
     asked: list[dict]
     pixels: Tensor
     size: tuple[int, int]
     masks: np.ndarray | None = None
+    noted: tuple[str, ...] = ()
 
 
 def load(images: CocoImages, model: Sam, job: Job, *, masks: bool) -> Loaded:
@@ -62,7 +65,7 @@ def load(images: CocoImages, model: Sam, job: Job, *, masks: bool) -> Loaded:
     _check_size(job.record.image_id, image, stated)
     # Decoded column by column; clicks and IoUs go over it row by row, many times.
     gt = np.ascontiguousarray([images.mask(annotation) for annotation in job.asked]) if masks else None
-    return Loaded(job.asked, model.preprocess(image), stated, gt)
+    return Loaded(job.asked, model.preprocess(image), stated, gt, tuple(picture_oddities(job.record.path)))
 
 
 def _check_size(image_id: int, image: np.ndarray, stated: tuple[int, int]) -> None:

@@ -83,8 +83,9 @@ def _report(result: dict, options: argparse.Namespace, files: list[Path]) -> int
     summary = result["summary"]
     print(f"{summary['model']}, weights {options.weights}, {summary['images']} images, {summary['seconds']} s")
     print(format_table(summary))
-    if summary["skipped"]:
-        print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items()))
+    for kind in ("skipped", "noted"):
+        if summary[kind]:
+            print(f"{kind}: " + ", ".join(f"{count} {reason}" for reason, count in summary[kind].items()))
     print(f"wrote {options.out}" + ("" if options.results is None else f" and {options.results}"))
     return 0
 

@@ -93,10 +93,10 @@ def evaluate(
         {"summary": ..., "objects": ...}, ready for JSON. The summary has, for annotations, `mIoU` in percent and
         `counts`, each by size: "all", "small", "medium", "large" (the mIoU of an empty class is None), and for points
         `mIoU_after_click`, the same under "1", "2", ...; for detections `AP, AP50, AP75, AP_S, AP_M, AP_L`, and for
-        LVIS `AP_r, AP_c, AP_f`, in percent; `skipped`, input that could not be used, counted by reason; and what the
-        numbers depend on. Objects have `image_id, ann_id, area, iou` (percent) and for points `clicks`, a list of [x,
-        y, label], and `iou_after_click`; detections `image_id, category_id, score, bbox, area`, and there is a third
-        entry, "results", the detections in COCO's results form, with masks as run lengths.
+        LVIS `AP_r, AP_c, AP_f`, in percent; `skipped`, input that could not be used, and `noted`, used but odd, both
+        counted by reason; and what the numbers depend on. Objects have `image_id, ann_id, area, iou` (percent) and for
+        points `clicks`, a list of [x, y, label], and `iou_after_click`; detections `image_id, category_id, score, bbox,
+        area`, and there is a third entry, "results", the detections in COCO's results form, with masks as run lengths.
         With several shards: None as long as others are not done, else the result of all.
 
     Raises:
@@ -113,11 +113,15 @@ def evaluate(
     else:
         left_out = {"keep_crowds": keep_crowds, "min_area": min_area}
         plan = plan_annotations(images, limit=limit, pad_shards=pad_shards, **left_out)
+        if not plan.jobs:
+            left = f"{plan.counts['tiny_left_out']} tiny ones and {plan.counts['crowds_left_out']} crowds were left out"
+            raise ValueError(f"{images.annotations_json} has no object to score: {left}.")
     rules = {"keep_crowds": keep_crowds, "inclusive_sizes": inclusive_sizes, "min_area": min_area, "limit": limit}
     rules |= {"corner_clicks": corner_clicks, "choose": choose, "refine": refine, "pad_shards": pad_shards}
     skipped = Counter(getattr(images, "skipped", {})) + Counter(getattr(detections, "skipped", {}))
     settings = {"prompt": prompt, "clicks": clicks if prompt == "points" else None, "dataset": dataset}
-    settings |= plan.counts | {"skipped": dict(sorted(skipped.items())), "rules": rules}
+    noted = Counter(getattr(images, "noted", {})) + Counter(getattr(detections, "noted", {}))
+    settings |= plan.counts | {"skipped": dict(sorted(skipped.items())), "noted": dict(noted), "rules": rules}
     settings |= {"batch": batch or (1 if on_cpu else 16)} | _provenance(model, images, weights, detections_file)
     header = {"jobs": len(plan.jobs), "shard": list(shard), "image_ids": plan.image_ids, "twice": plan.twice}
     header |= {"settings": settings}
@@ -165,11 +169,12 @@ def _run(predictor: BatchPredictor, images, jobs: list[Job], settings: dict, kee
     try:
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
-            found = measure(predictor, list(islice(ahead, len(batch))), **way)
+            loaded = list(islice(ahead, len(batch)))
+            found = measure(predictor, loaded, **way)
             start, seconds = time.perf_counter(), (time.perf_counter() - start) / len(batch)
             keep(
-                {"position": job.position, "seconds": round(seconds, 4), "objects": objects}
-                for job, objects in zip(batch, found, strict=True)
+                {"position": job.position, "seconds": round(seconds, 4), "noted": item.noted, "objects": objects}
+                for job, item, objects in zip(batch, loaded, found, strict=True)
             )
             bar.update(len(batch))
     finally:
@@ -212,7 +217,8 @@ def _finish(header: dict, lines: list[dict], *, evaluator: str | None) -> dict:
     else:
         summary = _scores(objects, settings["clicks"] or 0, inclusive_sizes=settings["rules"]["inclusive_sizes"])
     seconds = sum(line["seconds"] for line in lines) + time.perf_counter() - start
-    summary |= settings | {"seconds": round(seconds, 3)}  # of all processes together
+    noted = Counter(settings["noted"]) + Counter(reason for line in lines for reason in line["noted"])
+    summary |= settings | {"noted": dict(sorted(noted.items())), "seconds": round(seconds, 3)}  # of all processes
     return {"summary": summary, "objects": objects} | result
 
 
