@@ -22,7 +22,7 @@ from evsam_lib.data.sa1b import Sa1bFolder
 from evsam_lib.data.skip import Skipped, Skipping, guarded
 from evsam_lib.data.tars import tar_index
 from evsam_lib.data.write import write_sa1b
-from evsam_lib.training import loop, samples
+from evsam_lib.training import batches, samples
 
 SIZE = (90, 130)
 COUNT = 12
@@ -358,7 +358,7 @@ def test_chunks_can_keep_the_run_lengths_and_limit(written, tmp_path):
 
 def seeded(seed: int, data, record, epoch: int) -> tuple[int, int, bool, float]:
     """What a training would make: draws that depend on seed, epoch and image alone."""
-    generator = loop.generator_for(seed, loop.SAMPLE, epoch, record.image_id)
+    generator = batches.generator_for(seed, batches.SAMPLE, epoch, record.image_id)
     made = samples.training_sample(data, record, model=MODEL, target_px=32, generator=generator)
     return made.image_id, epoch, made.flipped, made.masks.sum().item()
 

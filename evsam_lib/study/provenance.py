@@ -26,10 +26,10 @@ def provenance(
     """Code, time, parameters, versions, machine and inputs of one run.
 
     Args:
-        notebook: the notebook's name.
+        notebook: the notebook's name, or the command's.
         run_id: of this run.
         started: in UTC.
-        parameters: all of the notebook's, `profile` and `seed` among them.
+        parameters: all of them, `seed` among them, and of a notebook `profile`.
         device: the one used, after "auto" was resolved.
         inputs: {"path", "sha256"} of each data set and checkpoint.
     """
@@ -45,7 +45,7 @@ def provenance(
     return {
         "notebook": notebook,
         "run_id": run_id,
-        "profile": parameters["profile"],
+        "profile": parameters.get("profile"),
         "seed": parameters["seed"],
         "git": {"sha": _ask("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
         "started": started.isoformat(timespec="seconds"),

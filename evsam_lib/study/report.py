@@ -8,7 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from PIL import Image
 
@@ -98,6 +97,8 @@ def _title_and_claim(folder: Path) -> tuple[str, str]:
     """Heading and first sentence of the notebook, from its executed copy or its source; else the folder's name."""
     for file in (folder / "run.ipynb", repo_root() / "notebooks" / f"{folder.name}.ipynb"):
         if file.is_file():
+            import nbformat  # takes seconds, and few who import this package build a report
+
             cells = nbformat.read(file, as_version=4).cells
             lines = [line.strip() for line in cells[0].source.splitlines() if line.strip()] if cells else []
             if lines and lines[0].startswith("# "):

@@ -8,34 +8,46 @@ or the official trainer where they disagree:
 what                  paper                                  official
 ====================  =====================================  =======================================================
 loss                  focal + dice on all pixels             cross entropy + dice on 12,544 uncertain points
-masks per prompt      always three                           a coin per step: three, or the single mask
+masks per prompt      always three                           a coin per pass: three, or the single mask
 masks per image       up to `masks_per_image`                exactly as many, repeated if there are fewer
 targets               the decoder's resolution (our choice)  the encoder's input size
 gradient clipping     none                                   by value, 2.0
+batch size            256                                    128: the authors' own launch, 32 GPUs with 4 images
+learning rate         2e-6 (L), 1e-6 (XL)                    8e-7 (L), 4e-7 (XL), times images per step / 4
 points drawn from     target pixels above 0.5, or above 0    target pixels above 0
                       where there is none above 0.5
 a point lies at       the target pixel's centre              the target pixel times frame / target
 ====================  =====================================  =======================================================
 
-Step functions (`collate`, `phase2_loss`) take tensors only, so other loops can use them.
+In common: two epochs, AdamW and cosine (`training.loop`), BatchNorm in ordinary training mode, mirroring, no mixed
+precision, no average of weights, everything trained but the IoU head. Step functions (`collate`, `phase2_loss`) take
+tensors only, so other loops can use them.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from evsam_lib.models.prompt_encoder import PADDING_LABEL, prompt_tokens
 from evsam_lib.prompts import sample_prompt
 from evsam_lib.training import loop, losses
-from evsam_lib.training.samples import training_sample
+from evsam_lib.training.batches import STEP, Batches, generator_for
+from evsam_lib.training.clock import Clock
+from evsam_lib.training.held_out import HeldOut
+from evsam_lib.training.samples import Sample, training_sample
+from evsam_lib.training.settings import EndToEnd
 
-__all__ = ["Batch", "collate", "low_res_px", "phase2_loss", "train", "train_mode"]
+__all__ = ["Batch", "collate", "low_res_px", "phase2_loss", "train"]
 
 OFFICIAL_CLIP = 2.0  # official configs/default.yaml, by value
+DECODER = ("prompt_encoder.", "mask_decoder.")
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Batch:
         labels: (B, N, P) int64.
         valid: (B, N, P) bool; False: this token does not exist.
         kept: (B, N) bool; False: this prompt does not exist and is left out of the loss.
+        image_ids: (B,) int64, for messages.
     """
 
     images: torch.Tensor
@@ -57,6 +70,7 @@ class Batch:
     labels: torch.Tensor
     valid: torch.Tensor
     kept: torch.Tensor
+    image_ids: torch.Tensor
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
@@ -66,92 +80,72 @@ class Batch:
 def train(
     model: nn.Module,
     data: Any,
+    settings: EndToEnd,
     *,
-    recipe: str = "paper",
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    log_csv: str | Path,
-    masks_per_image: int = 64,
-    box_probability: float = 0.5,
-    max_points: int = 10,
-    target_px: int | None = None,
-    hflip: float = 0.5,
-    weight_decay: float = loop.WEIGHT_DECAY,
-    freeze_batchnorm: bool = False,
-    iou_weight: float = 0.0,
-    amp: torch.dtype | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int | None = None,
+    out: str | Path,
+    held_out: HeldOut | None = None,
+    record: Mapping[str, Any] | None = None,
     resume: bool = False,
-    workers: int = 0,
-    progress: Any = None,
+    progress: Callable[[Iterable], Iterable] | None = None,
 ) -> pd.DataFrame:
-    """Train encoder, prompt encoder and mask decoder together, in place; the model is left in eval mode.
+    """Train encoder, prompt encoder and mask decoder together, in place; the model is left in the mode it had.
 
     Args:
         model: a `Sam`, on the device to train on; normally distilled and given the teacher's decoder.
-        data: a `Sa1bFolder`.
-        recipe: "paper" or "official", see the table above.
-        steps: optimiser steps; the learning rate falls to 0 over them.
-        batch_size: images per step.
-        lr: of the first step. Paper: 2e-6 for L, 1e-6 for XL, at batch 256.
-        seed: of everything random.
-        log_csv: step, loss, pixel, dice, iou (of the best mask), iou_error, lr, seconds, images_per_s.
-        masks_per_image: prompts per image.
-        box_probability: share of images prompted by boxes; the others by points.
-        max_points: points per mask are 1 to this many, equally likely, the same for all masks of an image.
-        target_px: side of the targets; None takes the recipe's.
-        hflip: probability of mirroring an image.
-        weight_decay: of all weights but norms and biases.
-        freeze_batchnorm: keep the running statistics as they are (for small batches).
-        iou_weight: weight of the IoU head's squared error; 0 in both recipes, 1 in SAM.
-        amp: torch.bfloat16 for mixed precision; losses are float32 always.
-        checkpoint: folder of the checkpoint.
-        checkpoint_every: steps between checkpoints.
-        resume: go on from the checkpoint.
-        workers: processes that prepare samples.
+        data: a folder, tars, chunks or images in COCO's form, see `training.sources`.
+        settings: how long, how fast, how cut, and the recipe.
+        out: folder of logs and checkpoints, see `training.checkpoint`.
+        held_out: measured every `settings.held_out_every` steps and at the end.
+        record: what else a resumed run must have in common with this one (flat, plain values).
+        resume: go on from the last checkpoint.
         progress: wraps the step iterator, for example `tqdm`.
 
     Returns:
-        The log.
+        The log, see `loop.read_log`; its losses are pixel, dice, iou (of the best mask) and iou_error.
 
     Raises:
-        ValueError: unknown recipe, empty data, or a checkpoint of other settings.
-        FloatingPointError: the loss is not finite.
+        ValueError: a model that stretches its images, empty data, or see `loop.fit`, as for other errors.
     """
-    _check_recipe(recipe)
-    official = recipe == "official"
-    if target_px is None:
-        target_px = model.image_size if official else low_res_px(model)
-    settings = {
-        "phase": "end to end", "model": model.name, "images": len(data), "recipe": recipe, "batch_size": batch_size,
-        "seed": seed, "masks_per_image": masks_per_image, "box_probability": box_probability,
-        "max_points": max_points, "target_px": target_px, "hflip": hflip, "freeze_batchnorm": freeze_batchnorm,
-        "iou_weight": iou_weight, "amp": str(amp),
-    }  # fmt: skip
-    batches = _Batches(model, data, settings)
+    settings = settings.complete(model=model.name, images=len(data))
+    side = model.image_size if settings.recipe == "official" else low_res_px(model)
+    settings = replace(settings, target_px=settings.target_px or side)
+    own = {"phase": "end to end", "model": model.name, "images": len(data)}
+    return loop.fit(
+        _EndToEnd(model, settings),
+        Batches(data, partial(_sample, data, model, settings), partial(_collate, settings, model.frame_size)),
+        settings, out=out, record={**own, **(record or {})}, resume=resume,
+        measure=held_out, measured=[] if held_out is None else held_out.names, progress=progress,
+    )  # fmt: skip
 
-    def loss_of(batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        generator = loop.generator_for(seed, loop.STEP, step)
-        multimask = not official or torch.rand((), generator=generator).item() >= 0.5
-        points = loop.generator_for(seed, loop.STEP, step, 1, device=model.device)
+
+class _EndToEnd(loop.Objective):
+    columns = ("loss", "pixel", "dice", "iou", "iou_error")
+
+    def __init__(self, model: nn.Module, settings: EndToEnd) -> None:
+        super().__init__(model)
+        self.settings = settings
+        self.trained = {"all": (), "encoder": ("image_encoder.",), "decoder": DECODER}[settings.train]
+        self.clip_value = OFFICIAL_CLIP if settings.recipe == "official" else None
+        self.last_part = "decoder" if settings.train == "decoder" else "student"
+
+    def train_mode(self) -> None:
+        self.model.train()
+        if self.settings.train == "decoder":
+            self.model.image_encoder.eval()
+
+    def prepare(self, batch: Batch) -> Batch:
+        found = batch.to(self.model.device)
+        self.clock.mark("data")
+        return found
+
+    def forward(self, batch: Batch, step: int, part: int) -> dict[str, torch.Tensor]:
+        s = self.settings
+        coin = torch.rand((), generator=generator_for(s.seed, STEP, step, part)).item()
         return phase2_loss(
-            model, batch.to(model.device), recipe=recipe, multimask=multimask, generator=points,
-            iou_weight=iou_weight, amp=amp,
+            self.model, batch, recipe=s.recipe, multimask=s.recipe == "paper" or coin >= 0.5,
+            generator=generator_for(s.seed, STEP, step, part, 1, device=self.model.device),
+            iou_weight=s.iou_weight, amp=s.amp, decoder_chunk=s.decoder_chunk, clock=self.clock,
         )  # fmt: skip
-
-    train_mode(model, freeze_batchnorm=freeze_batchnorm)
-    try:
-        return loop.fit(
-            model, batches, loss_of=loss_of, steps=steps, lr=lr, images_per_step=batch_size, settings=settings,
-            log_csv=log_csv, weight_decay=weight_decay, clip_value=OFFICIAL_CLIP if official else None,
-            checkpoint=checkpoint, checkpoint_every=checkpoint_every, resume=resume, workers=workers,
-            progress=progress,
-        )  # fmt: skip
-    finally:
-        model.eval()
 
 
 def phase2_loss(
@@ -162,9 +156,11 @@ def phase2_loss(
     multimask: bool = True,
     generator: torch.Generator | None = None,
     iou_weight: float = 0.0,
-    amp: torch.dtype | None = None,
+    amp: str = "none",
+    decoder_chunk: int = 0,
+    clock: Clock | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Loss of one step, from tensors on the model's device.
+    """Loss of one forward pass, from tensors on the model's device.
 
     Args:
         model: a `Sam`.
@@ -174,27 +170,52 @@ def phase2_loss(
         generator: of the official recipe's sampled points.
         iou_weight: weight of the IoU head's squared error. At 0 the head gets no gradient at all (rather than a zero
             one), so that weight decay leaves it alone, as in the official trainer.
-        amp: mixed precision of the forward pass.
+        amp: "none" or "bf16", of the forward pass.
+        decoder_chunk: prompts per image that the decoder takes at a time; only their results are kept, and what leads
+            to them is computed again for the gradient. 0 takes and keeps all.
+        clock: told when encoder, decoder and loss are done.
 
     Returns:
-        "loss" with a gradient, and for the log "pixel", "dice", "iou" (of the best mask) and "iou_error", () each.
+        "loss" with a gradient; for the log "pixel", "dice", "iou" (of the best mask) and "iou_error"; and "weight", the
+        number of prompts that these are means over; () each.
     """
+    clock = clock or Clock(batch.images.device)
     with loop.autocast(batch.images.device, amp):
-        embedding = model.encode(batch.images)  # (B, C, h, w)
-        logits, predicted = model.decode(
-            embedding, batch.coords, batch.labels, multimask_output=multimask, valid=batch.valid
-        )  # (B, N, K, 4h, 4w), (B, N, K)
+        embedding = clock.mark_backward(model.encode(batch.images))  # (B, C, h, w)
+        clock.mark("student")
+        logits, predicted = _decoded(model, embedding, batch, multimask, decoder_chunk)
+        clock.mark("decoder")
     logits, predicted, targets = logits[batch.kept], predicted[batch.kept], batch.targets[batch.kept]
     mask = losses.mask_loss(logits, targets, recipe=recipe, generator=generator)
     actual = losses.mask_iou(logits, targets)  # (sum of prompts, K)
     iou_error = losses.iou_loss(predicted, actual)
-    return {
+    found = {
         "loss": mask.total + iou_weight * iou_error if iou_weight else mask.total,
         "pixel": mask.pixel,
         "dice": mask.dice,
         "iou": actual.gather(1, mask.best[:, None]).mean() if len(actual) else actual.sum(),
         "iou_error": iou_error.detach(),
+        "weight": batch.kept.sum().float(),
     }
+    clock.mark("loss")
+    return found
+
+
+def _decoded(
+    model: nn.Module, embedding: torch.Tensor, batch: Batch, multimask: bool, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), all prompts at once or chunk by chunk."""
+
+    def decode(grid: torch.Tensor, prompts: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        coords, labels, valid = (part[:, prompts] for part in (batch.coords, batch.labels, batch.valid))
+        return model.decode(grid, coords, labels, multimask_output=multimask, valid=valid)
+
+    count = batch.labels.shape[1]
+    if not chunk:
+        return decode(embedding, slice(count))
+    parts = [slice(first, first + chunk) for first in range(0, count, chunk)]
+    found = [checkpoint(decode, embedding, part, use_reentrant=False) for part in parts]
+    return tuple(torch.cat(part, dim=1) for part in zip(*found, strict=True))
 
 
 def collate(
@@ -207,6 +228,7 @@ def collate(
     generators: list[torch.Generator],
     box_probability: float = 0.5,
     max_points: int = 10,
+    image_ids: Sequence[int] = (),
 ) -> Batch:
     """Draw prompts for each image and pad them to one batch.
 
@@ -219,6 +241,7 @@ def collate(
         generators: one per image, on the CPU.
         box_probability: how often an image gets boxes.
         max_points: the most points per mask.
+        image_ids: of the images, for messages.
 
     Returns:
         A `Batch` on the masks' device.
@@ -236,6 +259,7 @@ def collate(
         labels=torch.full((len(masks), count, length), PADDING_LABEL, device=masks[0].device),
         valid=torch.zeros(len(masks), count, length, dtype=torch.bool, device=masks[0].device),
         kept=torch.zeros(len(masks), count, dtype=torch.bool, device=masks[0].device),
+        image_ids=torch.tensor(image_ids, dtype=torch.int64, device=masks[0].device),
     )
     batch.valid[..., 0] = True  # a prompt that does not exist still decodes, from SAM's padding point
     for i, prompts in enumerate(drawn):
@@ -252,42 +276,31 @@ def low_res_px(model: nn.Module) -> int:
     return 4 * model.grid
 
 
-def train_mode(model: nn.Module, *, freeze_batchnorm: bool = False) -> None:
-    """Put a model in training mode, its BatchNorms optionally left with the statistics they have."""
-    model.train()
-    if freeze_batchnorm:
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+def _sample(
+    data: Any, model: nn.Module, settings: EndToEnd, record: Any, generator: torch.Generator
+) -> tuple[Sample, torch.Generator]:
+    """A training sample, and the generator that will draw its prompts."""
+    s = settings
+    sample = training_sample(
+        data, record, model=model, target_px=s.target_px, masks_per_image=s.masks_per_image,
+        exact=s.recipe == "official", hflip=s.hflip, how=s.targets, generator=generator,
+    )  # fmt: skip
+    return sample, generator
 
 
-class _Batches:
-    """step -> Batch on the CPU, a pure function of the settings and the step."""
-
-    def __init__(self, model: nn.Module, data: Any, settings: dict[str, Any]):
-        self.model, self.data, self.settings = model, data, settings
-
-    def __call__(self, step: int) -> Batch:
-        s = self.settings
-        picked = loop.epoch_positions(s["seed"], step, batch_size=s["batch_size"], count=s["images"])
-        generators = [loop.generator_for(s["seed"], loop.SAMPLE, epoch, index) for epoch, index in picked]
-        samples = [
-            training_sample(
-                self.data, self.data[index], model=self.model, target_px=s["target_px"], hflip=s["hflip"],
-                masks_per_image=s["masks_per_image"], exact=s["recipe"] == "official", generator=generator,
-            )
-            for (_, index), generator in zip(picked, generators, strict=True)
-        ]  # fmt: skip
-        return collate(
-            torch.stack([sample.image for sample in samples]),
-            [sample.masks for sample in samples],
-            [sample.boxes for sample in samples],
-            recipe=s["recipe"],
-            frame_size=self.model.frame_size,
-            generators=generators,
-            box_probability=s["box_probability"],
-            max_points=s["max_points"],
-        )
+def _collate(settings: EndToEnd, frame_size: int, drawn: list[tuple[Sample, torch.Generator]]) -> Batch:
+    samples, generators = zip(*drawn, strict=True)
+    return collate(
+        torch.stack([sample.image for sample in samples]),
+        [sample.masks for sample in samples],
+        [sample.boxes for sample in samples],
+        recipe=settings.recipe,
+        frame_size=frame_size,
+        generators=list(generators),
+        box_probability=settings.box_probability,
+        max_points=settings.max_points,
+        image_ids=[sample.image_id for sample in samples],
+    )
 
 
 def _tokens(
@@ -321,8 +334,3 @@ def _inside(masks: torch.Tensor) -> torch.Tensor:
     only_rim = ~core.flatten(1).any(dim=1)
     core[only_rim] = masks[only_rim] > 0
     return core
-
-
-def _check_recipe(recipe: str) -> None:
-    if recipe not in losses.RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(losses.RECIPES)}")

@@ -1,122 +1,195 @@
-"""The loop both training phases share: AdamW, cosine to 0, a csv log, atomic checkpoints, exact resume.
+"""The loop both training phases share: AdamW, cosine to 0, any number of processes, exact resume.
 
-Optimiser and schedule follow the official trainer (the paper gives only AdamW, its learning rate and the cosine).
+Optimizer and schedule follow the official trainer (the paper gives only AdamW, its learning rate and the cosine).
 Explained in notebooks 04 and 05.
 
-Every random choice of a run comes from `generator_for(seed, ...)`, so a batch is a pure function of (seed, step): a run
-that stops and resumes sees the same batches as one that does not, and in one process ends with the same bits.
-
-A checkpoint is a folder with one subfolder ``step_00000120/`` that holds ``weights.safetensors`` (the whole model, as
-`load_model` reads it) and ``state.pt`` (optimiser, step, settings; plain tensors and numbers). It is written under a
-temporary name and renamed, so a crash leaves the previous one whole.
+A step's batch is cut into forward passes of equal size, dealt to the processes in turn. Each pass weighs as many units
+(images, prompts) as it holds, and the sum of the gradients is divided by all units of the step: so neither the number
+of processes nor that of passes changes what a step computes, beyond the order of a sum.
 """
 
-import csv
-import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["WEIGHT_DECAY", "autocast", "cosine", "epoch_positions", "fit", "generator_for", "parameter_groups"]
+from evsam_lib.training import checkpoint
+from evsam_lib.training.batches import Batches
+from evsam_lib.training.clock import PARTS, Clock
+from evsam_lib.training.ranks import Ranks, batchnorm_mode
+from evsam_lib.training.settings import Settings
 
-BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.1  # official configs/default.yaml
+__all__ = ["Objective", "autocast", "cosine", "fit", "parameter_groups", "read_log"]
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # official configs/default.yaml
 NO_DECAY = ("norm", "bias")  # parts of a name; the same file
-ORDER, SAMPLE, STEP = 0, 1, 2  # second number of a generator's key: order of an epoch, one sample, one step
+LISTED = 16  # image ids that an error names
+
+
+class Objective(nn.Module):
+    """A model and what it is trained for. A phase overrides `prepare` and `forward`.
+
+    Attributes:
+        model: what is trained; its whole state is saved.
+        columns: names of the logged numbers, "loss" first.
+        trained: beginnings of the names of the parameters that learn; those of all if empty.
+        clip_value: largest absolute value of a gradient entry, None for no clipping.
+        last_part: which part of the step (see `Clock`) the end of the backward pass belongs to.
+        clock: takes the time of the step's parts.
+    """
+
+    columns: tuple[str, ...] = ("loss",)
+    trained: tuple[str, ...] = ()
+    clip_value: float | None = None
+    last_part: str = "student"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.clock = Clock(next(model.parameters()).device)
+
+    def train_mode(self) -> None:
+        """Puts those parts of the model into training mode that learn."""
+        self.model.train()
+
+    def prepare(self, batch: Any) -> Any:
+        """A batch as `forward` takes it, on the model's device; nothing in here gets a gradient."""
+        return batch
+
+    def forward(self, batch: Any, step: int, part: int) -> dict[str, torch.Tensor]:
+        """Loss and logged numbers of one forward pass, () each, and "weight", the units they are means over.
+
+        Args:
+            batch: from `prepare`.
+            step: 0-based.
+            part: number of this pass among all of the step, over all processes.
+        """
+        raise NotImplementedError
+
+    def image_ids(self, batch: Any) -> list[int]:
+        """Of the images of a batch."""
+        return batch.image_ids.tolist()
+
+
+@dataclass
+class _Run:
+    """What a step needs and changes."""
+
+    objective: Objective
+    settings: Settings
+    ranks: Ranks
+    wrapped: nn.Module = field(init=False)
+    named: list[tuple[str, nn.Parameter]] = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
+    ema: dict[str, torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        wanted = self.objective.trained or ("",)
+        self.named = [(n, p) for n, p in self.objective.model.named_parameters() if n.startswith(wanted)]
+        groups = parameter_groups(self.named, weight_decay=self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=BETAS, eps=EPS)
+
+    def wrap(self) -> None:
+        """Shares gradients between processes; parameters that do not learn are left alone for that time."""
+        self.wrapped = self.objective
+        if self.ranks.world > 1:
+            # Which heads a step uses may vary. With that said, DDP keeps its first arrangement of gradients, so that a
+            # resumed run adds them up in the same order.
+            self.wrapped = DistributedDataParallel(self.objective, find_unused_parameters=True)
 
 
 def fit(
-    model: nn.Module,
-    make_batch: Callable[[int], Any],
+    objective: Objective,
+    batches: Batches,
+    settings: Settings,
     *,
-    loss_of: Callable[[Any, int], dict[str, torch.Tensor]],
-    steps: int,
-    lr: float,
-    images_per_step: int,
-    settings: dict[str, Any],
-    log_csv: str | Path,
-    trained: str = "",
-    weight_decay: float = WEIGHT_DECAY,
-    clip_value: float | None = None,
-    clip_norm: float | None = None,
-    schedule: Callable[[int, int], float] | None = None,
-    checkpoint: str | Path | None = None,
-    checkpoint_every: int | None = None,
+    out: str | Path,
+    record: dict[str, Any],
     resume: bool = False,
-    workers: int = 0,
+    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measured: Iterable[str] = (),
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> pd.DataFrame:
-    """Train `model` for `steps` optimiser steps.
+    """Train for `settings.steps` optimizer steps, on all processes that torchrun started.
 
     Args:
-        model: the module whose whole state is saved; its mode (train or eval) is the caller's business.
-        make_batch: step -> batch, a pure function; may run in worker processes.
-        loss_of: (batch, step) -> dict of () tensors; "loss" is back-propagated, all are logged.
-        steps: length of the schedule, which is also where it stops.
-        lr: learning rate of step 0.
-        images_per_step: for the images/s column.
-        settings: what the run is made of (flat, JSON-like); a checkpoint of other settings is refused.
-        log_csv: one row per step; a fresh run starts a fresh file, a resumed one appends.
-        trained: prefix of the parameter names to train; "" trains all that require a gradient.
-        weight_decay: of every trained parameter whose name contains neither "norm" nor "bias".
-        clip_value: largest absolute value of a gradient entry (2.0 in the official code); None for no clipping.
-        clip_norm: largest norm of all gradients together; None for no clipping.
-        schedule: (step, steps) -> factor of the learning rate; None is `cosine`.
-        checkpoint: folder of the checkpoint; None for none.
-        checkpoint_every: steps between checkpoints; the last step is always saved.
-        resume: go on from the checkpoint, if there is one; otherwise an existing one is removed.
-        workers: processes that prepare batches ahead; 0 prepares them in the loop. Does not change the result.
-        progress: wraps the step iterator, for example `tqdm`.
+        objective: what is trained, for what.
+        batches: where the samples come from.
+        settings: complete ones.
+        out: folder of logs and checkpoints, seen by all processes.
+        record: what else the run is made of (flat, plain values); a checkpoint of another run is refused.
+        resume: go on from the last checkpoint, if there is one; otherwise those in `out` are removed.
+        measure: model in evaluation mode -> numbers of held-out images, called by the first process.
+        measured: their names.
+        progress: wraps the step iterator of the first process, for example `tqdm`.
 
     Returns:
-        The whole log: step, the loss and its parts, lr, seconds (batch and step, without checkpoint), images_per_s.
+        The log, see `read_log`.
 
     Raises:
-        ValueError: nothing to train, or a checkpoint that belongs to other settings.
-        FloatingPointError: the loss is not finite; checkpoints written before it stay.
+        ValueError: nothing to train, a batch that cannot be cut so, a folder in use, or a checkpoint of other settings.
+        FloatingPointError: loss or gradient are not finite; the step is not taken and checkpoints stay.
+        OSError: the disk is full; checkpoints stay.
     """
-    named = [(name, p) for name, p in model.named_parameters() if name.startswith(trained)]
-    optimizer = torch.optim.AdamW(parameter_groups(named, weight_decay=weight_decay), lr=lr, betas=BETAS, eps=EPS)
-    settings = json.loads(json.dumps({**settings, "steps": steps, "lr": lr, "weight_decay": weight_decay,
-                                      "clip_value": clip_value, "trained": trained}))  # fmt: skip
-    settings |= {} if clip_norm is None else {"clip_norm": clip_norm}
-    folder = None if checkpoint is None else Path(checkpoint)
-    start = _begin(folder, model, optimizer, settings, resume)
-    log = _Log(Path(log_csv), keep=start)
-    batches = zip(range(start, steps), _batches(make_batch, start, steps, workers), strict=True)
-    began = time.perf_counter()
-    for step, batch in batches if progress is None else progress(batches):
-        factor = (schedule or cosine)(step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * factor
-        parts = loss_of(batch, step)
-        optimizer.zero_grad(set_to_none=True)
-        parts["loss"].backward()
-        if clip_value is not None:
-            nn.utils.clip_grad_value_([p for _, p in named], clip_value)
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_([p for _, p in named], clip_norm)
-        values = _numbers(parts, step)  # waits for the device, and stops before a bad step is taken
-        optimizer.step()
-        seconds = time.perf_counter() - began
-        log.add({"step": step + 1, **values, "lr": lr * factor, "seconds": seconds,
-                 "images_per_s": images_per_step / seconds})  # fmt: skip
-        due = step + 1 == steps or (checkpoint_every is not None and (step + 1) % checkpoint_every == 0)
-        if folder is not None and due:
-            _save(folder, model, optimizer, step + 1, settings)
-        began = time.perf_counter()
-    return log.frame()
+    out, ranks = Path(out), Ranks.of_torchrun()
+    settings.share(ranks.world)
+    run = _Run(objective, settings, ranks)
+    kept = {**record, **settings.fixed(), "streamed": batches.streamed}
+    lock = checkpoint.locked(out)
+    ranks.by_first(lock.__enter__)
+    modes = {module: module.training for module in objective.model.modules()}
+    frozen = [p for n, p in objective.model.named_parameters() if p.requires_grad and p not in _set(run.named)]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        start, sampler, columns = _begin(run, out, kept, resume, list(measured))
+        run.wrap()
+        objective.train_mode()
+        with batchnorm_mode(objective.model, settings.batchnorm):
+            source = batches.open(settings, ranks, start=start, sampler=sampler)
+            for step in _steps(range(start, settings.steps), progress if ranks.first else None):
+                if step == start:
+                    stream = iter(source)
+                    objective.clock.start()
+                row = _step(run, stream, source.passes, step)
+                times = objective.clock.seconds()
+                if measure is not None and _due(step, settings, settings.held_out_every):
+                    row |= _measure(objective.model, measure) if ranks.first else {}
+                if ranks.first:
+                    _write(out, columns, row, times, objective.clock, settings.batch_size)
+                if _due(step, settings, settings.checkpoint_every):
+                    _save(run, out, step + 1, kept, source.state())
+                objective.clock.start()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for module, training in modes.items():
+            module.training = training
+        if ranks.first:
+            lock.__exit__(None, None, None)
+    ranks.gather(None)  # nobody leaves before the last checkpoint is whole
+    return read_log(out)
+
+
+def read_log(out: str | Path) -> pd.DataFrame:
+    """Loss curve and timing of a run, finished or not: one row per step.
+
+    Args:
+        out: folder of the run.
+
+    Returns:
+        step, loss and its parts, grad_norm, lr, held-out measurements (NaN in other steps), seconds, a column
+        <part>_s for each part of the step, images_per_s, memory_gb.
+    """
+    log, timing = (pd.read_csv(Path(out) / name) for name in ("log.csv", "timing.csv"))
+    return log.merge(timing, on="step", how="left")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
@@ -127,7 +200,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay:
         weight_decay: for names containing neither "norm" nor "bias".
 
     Returns:
-        One or two optimiser groups.
+        One or two optimizer groups.
 
     Raises:
         ValueError: no parameter is left.
@@ -146,149 +219,147 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def generator_for(seed: int, *numbers: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator that depends on its arguments only: equal numbers give equal draws, whatever was drawn before."""
-    state = np.random.SeedSequence([seed, *numbers]).generate_state(2, np.uint32)
-    return torch.Generator(device=device).manual_seed((int(state[0]) << 31) ^ int(state[1]))
+def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+    """Mixed precision for a forward pass: nothing for "none", bfloat16 for "bf16"."""
+    return nullcontext() if amp == "none" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def epoch_positions(seed: int, step: int, *, batch_size: int, count: int) -> list[tuple[int, int]]:
-    """Which images step `step` uses: every image once per epoch, in an order shuffled anew for each epoch.
-
-    Args:
-        seed: of the run.
-        step: 0-based.
-        batch_size: images per step; a batch may reach over the end of an epoch.
-        count: images in the set.
-
-    Returns:
-        `batch_size` pairs (epoch, index).
-
-    Raises:
-        ValueError: the set is empty.
-    """
-    if count < 1:
-        raise ValueError("the training set is empty: expected at least one image")
-    positions = (divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size))
-    return [(epoch, _order(seed, epoch, count)[place].item()) for epoch, place in positions]
+def _set(named: list[tuple[str, nn.Parameter]]) -> set[nn.Parameter]:
+    return {parameter for _, parameter in named}
 
 
-@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch; SA-1B's order takes half a second to draw
-def _order(seed: int, epoch: int, count: int) -> torch.Tensor:
-    return torch.randperm(count, generator=generator_for(seed, ORDER, epoch))
+def _due(step: int, settings: Settings, every: int) -> bool:
+    return step + 1 == settings.steps or (every > 0 and (step + 1) % every == 0)
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
-    """Mixed precision for a forward pass, or nothing where `dtype` is None."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+def _steps(steps: Iterable[int], progress: Callable[[Iterable], Iterable] | None) -> Iterable[int]:
+    return steps if progress is None else progress(steps)
 
 
-class _StepBatches(Dataset):
-    def __init__(self, make_batch: Callable[[int], Any], start: int, steps: int):
-        self.make_batch, self.start, self.steps = make_batch, start, steps
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __getitem__(self, offset: int) -> Any:
-        return self.make_batch(self.start + offset)
-
-
-def _batches(make_batch: Callable[[int], Any], start: int, steps: int, workers: int) -> Iterable:
-    if workers == 0:
-        return map(make_batch, range(start, steps))
-    # Its own generator: a DataLoader otherwise takes a number from torch's global one.
-    batches = _StepBatches(make_batch, start, steps)
-    return DataLoader(batches, batch_size=None, num_workers=workers, generator=torch.Generator())
-
-
-def _numbers(parts: dict[str, torch.Tensor], step: int) -> dict[str, float]:
-    values = torch.stack([value.detach().float() for value in parts.values()]).tolist()
-    numbers = dict(zip(parts, values, strict=True))
-    if not math.isfinite(numbers["loss"]):
-        raise FloatingPointError(f"the loss of step {step + 1} is {numbers['loss']}: training stopped before that step")
-    return numbers
-
-
-class _Log:
-    """A csv file of one row per step; rows after `keep` steps are dropped when it is opened."""
-
-    def __init__(self, path: Path, keep: int):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = _rows(path, keep) if keep else []
-        temporary = path.with_name(path.name + ".tmp")
-        _write_rows(temporary, self.rows)
-        temporary.replace(path)
-
-    def add(self, row: dict[str, float]) -> None:
-        first = not self.rows
-        self.rows.append(row)
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if first:
-                writer.writeheader()
-            writer.writerow(row)
-
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows)
+def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str, float]:
+    """One optimizer step; returns its row of the log."""
+    objective, settings, ranks = run.objective, run.settings, run.ranks
+    clock, ids, sums = objective.clock, [], 0
+    for group in run.optimizer.param_groups:
+        group["lr"] = settings.lr * cosine(step, settings.steps)
+    run.optimizer.zero_grad(set_to_none=True)
+    for part in range(passes):
+        batch = next(stream)
+        ids += objective.image_ids(batch)
+        clock.mark("data")
+        batch = objective.prepare(batch)
+        alone = part + 1 < passes and ranks.world > 1  # gradients are shared once a step
+        with run.wrapped.no_sync() if alone else nullcontext():
+            found = run.wrapped(batch, step, part * ranks.world + ranks.rank)
+            weight = found["weight"].double()
+            (found["loss"] * found["weight"]).backward()
+        clock.mark(objective.last_part)
+        sums = sums + torch.stack([weight, *(weight * found[name].detach().double() for name in objective.columns)])
+    sums = ranks.total(sums)
+    gradients = [parameter.grad for _, parameter in run.named if parameter.grad is not None]
+    units = sums[0].clamp(min=1)
+    torch._foreach_mul_(gradients, (ranks.world / units).to(gradients[0].dtype))  # DDP leaves the mean of processes
+    norm = nn.utils.get_total_norm(gradients)
+    values = torch.cat([(sums[1:] / units), norm.detach().double()[None]]).tolist()  # waits for the device
+    row = {"step": step + 1, **dict(zip((*objective.columns, "grad_norm"), values, strict=True))}
+    _stop_unless_finite(row, ids, ranks)
+    if objective.clip_value is not None:
+        nn.utils.clip_grad_value_([parameter for _, parameter in run.named], objective.clip_value)
+    run.optimizer.step()
+    if run.ema is not None:
+        average = [run.ema[name] for name, _ in run.named]
+        torch._foreach_lerp_(average, [parameter.detach() for _, parameter in run.named], 1 - settings.ema)
+    clock.mark("update")
+    return row | {"lr": run.optimizer.param_groups[0]["lr"]}
 
 
-def _rows(path: Path, keep: int) -> list[dict[str, float]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    rows = [{**row, "step": int(row["step"])} for row in rows]
-    return [row for row in rows if row["step"] <= keep]
+def _stop_unless_finite(row: dict[str, float], ids: list[int], ranks: Ranks) -> None:
+    if all(math.isfinite(row[name]) for name in ("loss", "grad_norm")):
+        return
+    everyone = [number for part in ranks.gather(ids) for number in part]
+    told = ", ".join(map(str, everyone[:LISTED])) + (f" and {len(everyone) - LISTED} more" * (len(everyone) > LISTED))
+    raise FloatingPointError(
+        f"step {row['step']} has loss {row['loss']} and gradient norm {row['grad_norm']}: training stopped before "
+        f"that step was taken; its images are {told}"
+    )
 
 
-def _write_rows(path: Path, rows: list[dict[str, float]]) -> None:
-    with path.open("w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+def _begin(run: _Run, out: Path, kept: dict[str, Any], resume: bool, measured: list[str]) -> tuple[int, Any, Any]:
+    """Loads the last checkpoint or clears the folder: steps done, the samplers' states, the two csv files."""
+    found = run.ranks.by_first(lambda: _last(out, kept, resume))
+    if run.settings.ema:
+        run.ema = {name: parameter.detach().clone() for name, parameter in run.named}
+    start, sampler = 0, None
+    if found is not None:
+        state = checkpoint.load(found, run.objective.model, run.optimizer)
+        start, sampler = state["step"], state["sampler"]
+        _set_random(state["random"], run.ranks.rank)
+        if run.ema is not None:
+            run.ema = {name: state["ema"][name].to(value.device) for name, value in run.ema.items()}
+
+    def curves() -> tuple[checkpoint.Curve, checkpoint.Curve]:
+        header = ["step", *run.objective.columns, "grad_norm", "lr", *measured]
+        timing = ["step", "seconds", *(f"{part}_s" for part in PARTS), "images_per_s", "memory_gb"]
+        source = None if found is None else found / "log.csv"
+        with checkpoint.full_disk("the log", out):
+            return (
+                checkpoint.Curve(out / "log.csv", header, keep=start, source=source),
+                checkpoint.Curve(out / "timing.csv", timing, keep=start),
+            )
+
+    return start, sampler, run.ranks.by_first(curves)
 
 
-def _begin(
-    folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], resume: bool
-) -> int:
-    """Load the checkpoint (resume) or clear the folder; returns the number of steps already done."""
-    if folder is None:
-        if resume:
-            raise ValueError("resume=True needs the checkpoint folder to resume from, got checkpoint=None")
-        return 0
-    found = sorted(folder.glob("step_????????"))
-    if not resume:
-        for old in found:
-            shutil.rmtree(old)
-        return 0
-    if not found:
-        return 0
-    state = torch.load(found[-1] / "state.pt", map_location="cpu", weights_only=True)
-    saved = state["settings"]
-    other = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
-    if other:
-        told = ", ".join(f"{name} {saved.get(name)!r} (now {settings.get(name)!r})" for name in other)
-        raise ValueError(f"the checkpoint {found[-1]} was made with other settings: {told}")
-    model.load_state_dict(load_file(found[-1] / "weights.safetensors"), strict=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+def _last(out: Path, kept: dict[str, Any], resume: bool) -> Path | None:
+    found = checkpoint.checkpoints(out)
+    if resume and found:
+        checkpoint.refuse_other(found[-1], kept)
+        return found[-1]
+    for old in found:
+        checkpoint.remove(old)
+    return None
 
 
-def _save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: dict[str, Any]
-) -> None:
-    """Write step_<step>.tmp, rename it, then remove older ones: at every moment one whole checkpoint exists."""
-    final = folder / f"step_{step:08d}"
-    temporary = folder / (final.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, temporary / "weights.safetensors", metadata={"step": str(step)})
-    torch.save({"step": step, "settings": settings, "optimizer": optimizer.state_dict()}, temporary / "state.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
-    for old in sorted(folder.glob("step_????????"))[:-1]:
-        shutil.rmtree(old)
+def _write(out: Path, columns: Any, row: dict, times: dict[str, float], clock: Clock, images: int) -> None:
+    log, timing = columns
+    seconds = times.pop("all")
+    spent = {f"{part}_s": round(value, 6) for part, value in times.items()}
+    spent |= {"seconds": round(seconds, 6), "images_per_s": round(images / seconds, 3)}
+    with checkpoint.full_disk("the log", out):
+        log.add(row)
+        timing.add({"step": row["step"], **spent, "memory_gb": round(clock.memory_gb(), 3)})
+
+
+def _measure(model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            return measure(model)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _save(run: _Run, out: Path, step: int, kept: dict[str, Any], sampler: Any) -> None:
+    states = run.ranks.gather((_random(), sampler))
+    random = {f"{rank}.{name}": value for rank, (own, _) in enumerate(states) for name, value in own.items()}
+    run.ranks.by_first(
+        lambda: checkpoint.save(
+            out, run.objective.model, run.optimizer, step=step, settings=kept, random=random,
+            sampler=[state for _, state in states], ema=run.ema, keep=run.settings.keep,
+        )
+    )  # fmt: skip
+
+
+def _random() -> dict[str, torch.Tensor]:
+    """States of torch's global generators: nothing here draws from them, but a model's own layers may."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def _set_random(states: dict[str, torch.Tensor], rank: int) -> None:
+    if f"{rank}.cpu" in states:
+        torch.set_rng_state(states[f"{rank}.cpu"])
+    if f"{rank}.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"])

@@ -28,6 +28,7 @@ __all__ = [
     "flip_boxes",
     "flip_points",
     "resize_and_pad",
+    "soft_masks",
     "training_sample",
 ]
 
@@ -100,7 +101,7 @@ def training_sample(
     return Sample(
         image_id=record.image_id,
         image=model.preprocess(np.ascontiguousarray(image)),
-        masks=_targets(data, record, chosen, target_px, flipped, how),
+        masks=soft_masks(data, record, chosen, target_px, flipped=flipped, how=how),
         boxes=boxes_to_frame(boxes, (height, width), image_size=model.image_size, frame_size=model.frame_size),
         flipped=flipped,
     )
@@ -187,10 +188,28 @@ def resize_and_pad(maps: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(small, (0, size - width, 0, size - height))
 
 
-def _targets(
-    data: "Sa1bFolder", record: "Sa1bRecord", chosen: torch.Tensor, size: int, flipped: bool, how: str
+def soft_masks(
+    data: "Sa1bFolder",
+    record: "Sa1bRecord",
+    chosen: torch.Tensor,
+    size: int,
+    *,
+    flipped: bool = False,
+    how: str = "sampled",
 ) -> torch.Tensor:
-    """Soft targets (M, size, size)."""
+    """Soft targets of some of a record's masks.
+
+    Args:
+        data: what the record comes from, see `training_sample`.
+        record: image and masks.
+        chosen: (M,) int64, which of its masks; one may occur often.
+        size: T, side of the targets in pixels.
+        flipped: mirror them.
+        how: "sampled" or "official", see `training_sample`.
+
+    Returns:
+        (M, T, T) float32 in [0, 1].
+    """
     if how == "sampled" and hasattr(data, "runs"):
         return torch.from_numpy(data.runs(record, chosen.tolist()).soft(size, flip=flipped))
     targets = torch.zeros(len(chosen), size, size)
