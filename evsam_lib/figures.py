@@ -5,7 +5,7 @@ colour vision tell apart. A positive point is a green disc with a plus, a negati
 so that they differ in shape as well. Notebook 00_start_here shows them all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-__all__ = ["PALETTE", "curve", "panel", "show_boxes", "show_image", "show_masks", "show_points", "style"]
+__all__ = ["PALETTE", "curve", "panel", "show_boxes", "show_image", "show_masks", "show_points", "split_bar", "style"]
 
 # Okabe and Ito (2008), "Color Universal Design"; their black is left to text and axes.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -220,6 +220,25 @@ def curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, window: int = 1, lab
     if window > 1:
         ax.plot(frame[x], frame[y], color=line.get_color(), alpha=0.25, linewidth=0.8, label="_all values")
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    return ax
+
+
+def split_bar(ax: Axes, seconds: Mapping[str, float]) -> Axes:
+    """Draws where a step's time goes: one bar, a piece for each part, with its share where there is room.
+
+    Args:
+        ax: where to draw, wide and low.
+        seconds: of every part, in order.
+    """
+    left, total = 0.0, sum(seconds.values())
+    for color, (part, value) in zip(PALETTE, seconds.items(), strict=False):
+        ax.barh(0, value, left=left, height=0.8, color=color, label=part)
+        if value > 0.06 * total:
+            ax.text(left + value / 2, 0, f"{value / total:.0%}", ha="center", va="center", color="white", weight="bold")
+        left += value
+    ax.set(yticks=[], xlabel="seconds a step (median)", xlim=(0, left or 1))
+    ax.grid(False)
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
     return ax
 
 

@@ -115,3 +115,13 @@ def test_curve_draws_the_running_median():
 def test_bad_shapes_are_named(ax, draw, words):
     with pytest.raises(ValueError, match=words):
         draw(ax)
+
+
+def test_split_bar_has_a_piece_for_every_part():
+    with figures.style():
+        fig, ax = plt.subplots()
+        figures.split_bar(ax, {"data": 1.0, "student": 3.0})
+    assert [piece.get_width() for piece in ax.patches] == [1.0, 3.0]
+    assert [piece.get_x() for piece in ax.patches] == [0.0, 1.0]
+    assert [text.get_text() for text in ax.texts] == ["25%", "75%"]
+    plt.close(fig)

@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-__all__ = ["Draw", "Part", "Thing", "fill", "make_thing", "place"]
+__all__ = ["Draw", "Part", "Thing", "blob", "fill", "make_thing", "place"]
 
 
 class Draw:
@@ -129,8 +129,8 @@ def _squircle(x: float = 0.0, y: float = 0.0, rx: float = 1.0, ry: float = 1.0) 
     return _move(np.sign(circle) * np.sqrt(np.abs(circle)), x, y, rx, ry)
 
 
-def _blob(draw: Draw, rough: float, terms: int = 6) -> np.ndarray:
-    """Smooth random outline: a Fourier radius whose k-th term falls as 1/k."""
+def blob(draw: Draw, rough: float, terms: int = 6) -> np.ndarray:
+    """Smooth random outline (48, 2) within the unit circle: a Fourier radius whose k-th term falls as 1/k."""
     radius = np.full(len(_circle()), 1.0)
     for k, (c, s) in enumerate(_harmonics(terms), start=1):
         amount = rough / k
@@ -176,11 +176,11 @@ def _oval(draw: Draw) -> Thing:
 
 
 def _stone(draw: Draw) -> Thing:
-    return Thing([Part([_blob(draw, draw(0.15, 0.4))])], 57)
+    return Thing([Part([blob(draw, draw(0.15, 0.4))])], 57)
 
 
 def _cloud(draw: Draw) -> Thing:
-    return Thing([Part([_move(_blob(draw, draw(0.5, 0.9)), 0, 0, 1.0, draw(0.6, 1.0))])], 58)
+    return Thing([Part([_move(blob(draw, draw(0.5, 0.9)), 0, 0, 1.0, draw(0.6, 1.0))])], 58)
 
 
 def _slab(draw: Draw) -> Thing:
@@ -262,13 +262,13 @@ def _figure(draw: Draw) -> Thing:
 
 
 def _beast(draw: Draw) -> Thing:
-    body = _move(_blob(draw, 0.2), 0, 0, 0.65, draw(0.3, 0.42))
+    body = _move(blob(draw, 0.2), 0, 0, 0.65, draw(0.3, 0.42))
     legs = [
         _stroke((x, 0.15), (x + draw(-0.1, 0.1), 0.45), (x + draw(-0.12, 0.12), 0.8), 0.1, 0.06)
         for x in (-0.45, -0.28, 0.3, 0.45)
     ]
     y = draw(-0.5, -0.15)
-    head = _move(_blob(draw, 0.2), 0.75, y, 0.27, 0.22)
+    head = _move(blob(draw, 0.2), 0.75, y, 0.27, 0.22)
     ear = _stroke((0.7, y - 0.1), (0.68, y - 0.25), (0.62, y - 0.4), 0.09, 0.02, 6)
     tail = _stroke((-0.6, -0.1), (-0.9, draw(-0.5, 0.2)), (-1.0, draw(-0.6, 0.5)), 0.08, 0.02)
     neck = _stroke((0.4, -0.1), (0.6, -0.15), (0.75, y), 0.2, 0.14, 6)
@@ -301,7 +301,7 @@ def _cart(draw: Draw) -> Thing:
 
 def _tree(draw: Draw) -> Thing:
     trunk = _stroke((0, 1), (draw(-0.1, 0.1), 0.5), (0, 0), draw(0.08, 0.16), 0.07, 8)
-    crown = _move(_blob(draw, 0.5), 0, -0.35, draw(0.5, 0.8), 0.6)
+    crown = _move(blob(draw, 0.5), 0, -0.35, draw(0.5, 0.8), 0.6)
     return Thing([Part([trunk], role=1), Part([crown])], 64, upright=True)
 
 
@@ -349,7 +349,7 @@ def _patched(draw: Draw) -> Thing:
     """A body with a contrasting piece on it, whole and piece both nameable."""
     base = THINGS[draw.integer(0, 7)](draw)
     size, x, y = draw(0.2, 0.5), draw(-0.3, 0.3), draw(-0.2, 0.2)
-    inner = [_ellipse(), _squircle(), _blob(draw, 0.4), _box(-1, -0.6, 1, 0.6)][draw.integer(0, 3)]
+    inner = [_ellipse(), _squircle(), blob(draw, 0.4), _box(-1, -0.6, 1, 0.6)][draw.integer(0, 3)]
     body = Part(base.parts[0].contours, nameable=False)
     return Thing([body, Part([_move(inner, x, y, size, size * draw(0.5, 1.0))], role=1)], base.category_id)
 

@@ -18,6 +18,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from .categories import coco_categories
+from .cells import CATEGORIES as CELL_CATEGORIES
+from .cells import cells
 from .detector import write_detections
 from .generate import VERSION, Scene, scene
 from .rle import encode_masks, run_lengths
@@ -37,6 +39,8 @@ _SGINW_SETS: dict[str, tuple[tuple[int, ...], float, float]] = {
     "Phones": ((77,), 1.0, 0.6),
     "Puppies": ((18,), 0.7, 1.0),
 }
+
+_LOOKS = {"scenes": scene, "cells": cells}
 
 
 def write_sa1b(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> Path:
@@ -71,7 +75,9 @@ def write_sa1b(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
     return _make(Path(root), write, layout="sa1b", count=count, seed=seed, size=size, start=start)
 
 
-def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0) -> tuple[Path, Path]:
+def write_coco(
+    root: str | Path, count: int, *, seed: int, size: tuple[int, int], start: int = 0, look: str = "scenes"
+) -> tuple[Path, Path]:
     """Writes scenes start .. start + count - 1 as COCO: val2017/*.jpg and annotations/instances_val2017.json.
 
     Whole things only, as polygons; a crowd as uncompressed run lengths with `iscrowd`. The picture's shape varies with
@@ -83,14 +89,18 @@ def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
         seed: of the scenes.
         size: (height, width) in pixels, the largest used.
         start: index of the first scene.
+        look: "scenes", or "cells" for pictures unlike them (see `data.cells`).
 
     Returns:
         The folder of pictures and the annotation file.
 
     Raises:
-        ValueError: if count is below 1 or the size too small.
+        ValueError: if count is below 1, the size too small or the look unknown.
         FileExistsError: if root holds files that were not generated.
     """
+
+    if look not in _LOOKS:
+        raise ValueError(f"look must be one of {', '.join(_LOOKS)}, got {look!r}.")
 
     def write(folder: Path) -> None:
         (folder / "val2017").mkdir()
@@ -98,7 +108,7 @@ def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
         images: list[dict] = []
         annotations: list[dict] = []
         for index in range(start, start + count):
-            made = scene(seed, index, size=_coco_size(index, size))
+            made = _LOOKS[look](seed, index, size=_coco_size(index, size))
             height, width = made.image.shape[:2]
             name = f"{index + 1:012d}.jpg"
             _save_jpg(made.image, folder / "val2017" / name)
@@ -114,11 +124,19 @@ def write_coco(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
             "licenses": [{"id": 1, "name": "generated, no rights reserved", "url": ""}],
             "images": images,
             "annotations": annotations,
-            "categories": coco_categories(),
+            "categories": coco_categories() if look == "scenes" else CELL_CATEGORIES,
         }
         (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
 
-    root = _make(Path(root), write, layout="coco", count=count, seed=seed, size=size, start=start)
+    root = _make(
+        Path(root),
+        write,
+        layout="coco" if look == "scenes" else f"coco, {look}",
+        count=count,
+        seed=seed,
+        size=size,
+        start=start,
+    )
     return root / "val2017", root / "annotations/instances_val2017.json"
 
 

@@ -183,7 +183,7 @@ def phase2_loss(
     with loop.autocast(batch.images.device, amp):
         embedding = clock.mark_backward(model.encode(batch.images))  # (B, C, h, w)
         clock.mark("student")
-        logits, predicted = _decoded(model, embedding, batch, multimask, decoder_chunk)
+        logits, predicted = decoded(model, embedding, batch, multimask, decoder_chunk)
         clock.mark("decoder")
     logits, predicted, targets = logits[batch.kept], predicted[batch.kept], batch.targets[batch.kept]
     mask = losses.mask_loss(logits, targets, recipe=recipe, generator=generator)
@@ -201,7 +201,7 @@ def phase2_loss(
     return found
 
 
-def _decoded(
+def decoded(
     model: nn.Module, embedding: torch.Tensor, batch: Batch, multimask: bool, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), all prompts at once or chunk by chunk."""
