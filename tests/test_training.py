@@ -506,7 +506,7 @@ def test_linear_cka_by_its_definition():
 
 def test_held_out_iou_by_hand():
     class Perfect(SimpleNamespace):
-        """Answers every box with two masks: nothing, and what lies in the box."""
+        """Answers a box with two masks: nothing, and what lies in the box; a click with the whole image and nothing."""
 
         def encode(self, images):
             return images
@@ -517,13 +517,21 @@ def test_held_out_iou_by_hand():
         def decode(self, embedding, coords, labels):
             low_res = torch.full((1, coords.shape[1], 2, 16, 16), -1.0)
             for i, ((x0, y0), (x1, y1)) in enumerate((coords[0] / 4).round().int().tolist()):
-                low_res[0, i, 1, y0:y1, x0:x1] = 1.0
+                if labels[0, i, 1] == 3:
+                    low_res[0, i, 1, y0:y1, x0:x1] = 1.0
+                else:
+                    low_res[0, i, 0] = 1.0
+                    clicked.append((x0, y0))
             return low_res, torch.tensor([0.0, 1.0]).expand(1, coords.shape[1], 2)
 
+    clicked = []
     measure = held_out.HeldOut(tiny_sam(), Pictures(2), images=2)
-    assert measure.names == ["held_out_iou"]
-    found = measure(Perfect(device="cpu"))["held_out_iou"]
-    assert found > 0.85  # rectangles, but for rounding at 16 x 16
+    assert measure.names == ["held_out_iou", "held_out_click_iou"]
+    found = measure(Perfect(device="cpu"))
+    assert found["held_out_iou"] > 0.85  # rectangles, but for rounding at 16 x 16
+    assert found["held_out_click_iou"] == 0.0  # the mask of higher predicted IoU is the empty one
+    assert len(clicked) == 6
+    assert all(measure.items[0].masks[i, y, x] > 0.5 for i, (x, y) in enumerate(clicked[:3]))
     with pytest.raises(ValueError, match="no held-out images"):
         held_out.HeldOut(tiny_sam(), Pictures(0), images=2)
 

@@ -76,7 +76,7 @@ def largest_difference(a: Path, b: Path) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in learned)
 
 
-@pytest.mark.parametrize("data", ["folder", "chunks"])
+@pytest.mark.parametrize("data", ["folder", pytest.param("chunks", marks=pytest.mark.slow)])
 def test_killed_and_resumed_run_ends_with_the_same_bits(sa1b, tmp_path, data):
     path = sa1b
     if data == "chunks":

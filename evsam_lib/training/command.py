@@ -105,7 +105,7 @@ def start(
         torch.set_num_threads(job.threads)
     device = ranks.device(job.device)
     with process_group(ranks, device):
-        return _train(job, settings, Path(out), device, ranks, resume, progress, dict(parameters), phase)
+        return _train(_Task(phase, dict(parameters), job, settings, Path(out), resume, progress), ranks, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,28 +136,32 @@ def _split(phase: str, parameters: Mapping[str, Any]) -> tuple[Any, Any]:
     return tuple(checked(kind, part) for kind, part in zip(kinds, parts, strict=True))
 
 
-def _train(
-    job: Any,
-    settings: Any,
-    out: Path,
-    device: torch.device,
-    ranks: Ranks,
-    resume: bool,
-    progress: Callable[[Iterable], Iterable] | None,
-    parameters: dict[str, Any],
-    phase: str,
-) -> pd.DataFrame:
+@dataclass(frozen=True)
+class _Task:
+    """What `start` was asked for, checked."""
+
+    phase: str
+    parameters: dict[str, Any]
+    job: Any
+    settings: Any
+    out: Path
+    resume: bool
+    progress: Callable[[Iterable], Iterable] | None
+
+
+def _train(task: _Task, ranks: Ranks, device: torch.device) -> pd.DataFrame:
+    job, settings, out = task.job, task.settings, task.out
     began = datetime.now(UTC)
     files = [zoo.weights_path(job.model, None if job.init == "random" else job.init)]
-    if phase == "distill":
+    if task.phase == "distill":
         files.append(zoo.weights_path(job.teacher, job.teacher_weights))
     options = {"annotations": job.annotations, "split": job.split, "images": job.images, "on_error": job.on_error}
     data = open_data(job.data, log=out / "skipped.txt", **options)
     model = _model(job.model, job.init, settings.seed, device)
     inputs = [{"path": str(path), "sha256": weight_files.sha256(path)} for path in files if path is not None]
-    more = {"out": out, "resume": resume, "progress": progress}
+    more = {"out": out, "resume": task.resume, "progress": task.progress}
     more["record"] = {"data": job.data, "annotations": job.annotations, "split": job.split, "init": job.init}
-    if phase == "distill":
+    if task.phase == "distill":
         teacher = zoo.load_model(job.teacher, job.teacher_weights, device=device)
         distill.adopt_decoder(model, teacher)
         more |= {"cache": job.cache_folder or None, "held_out": _held_out(job, settings, model, teacher)}
@@ -170,7 +174,9 @@ def _train(
             last = checkpoint.checkpoints(out)[-1] / "ema.safetensors"
             (out / "ema.safetensors").write_bytes(last.read_bytes())
         weight_files.save_weights(model, out / "weights.safetensors")
-        _note(out, phase, parameters | {"seed": settings.seed}, began, device, inputs, ranks, data)
+        skipped = len(data.skipped.read()) if hasattr(data, "skipped") else 0
+        found = {"processes": ranks.world, "images": len(data), "skipped": skipped}
+        _note(task, found, began=began, device=device, inputs=inputs)
     return log
 
 
@@ -194,20 +200,15 @@ def _held_out(job: Any, settings: Any, model: Sam, teacher: Sam | None) -> HeldO
     return HeldOut(model, data, images=job.held_out_images, teacher=teacher)
 
 
-def _note(out: Path, phase: str, parameters: dict, began: datetime, device, inputs: list, ranks: Ranks, data) -> None:
+def _note(task: _Task, found: dict, *, began: datetime, device: torch.device, inputs: list[dict]) -> None:
     """run.json: where the run came from; a resumed one adds to what is there."""
     note = provenance(
-        notebook=f"evsam_lib.training {phase}", run_id=f"{began:%Y%m%dT%H%M%S}", started=began,
-        parameters=parameters, device=str(device), inputs=inputs,
+        notebook=f"evsam_lib.training {task.phase}", run_id=f"{began:%Y%m%dT%H%M%S}", started=began,
+        parameters=task.parameters | {"seed": task.settings.seed}, device=str(device), inputs=inputs,
     )  # fmt: skip
-    note |= {
-        "processes": ranks.world,
-        "images": len(data),
-        "skipped": len(data.skipped.read()) if hasattr(data, "skipped") else 0,
-    }
-    file = out / "run.json"
-    before = json.loads(file.read_text()) if file.is_file() else []
-    file.write_text(json.dumps([*before, note], indent=1, default=str) + "\n")
+    file = task.out / "run.json"
+    before = json.loads(file.read_text()) if task.resume and file.is_file() else []
+    file.write_text(json.dumps([*before, note | found], indent=1, default=str) + "\n")
 
 
 def _launch(phase: str, parameters: Mapping[str, Any], out: Path, processes: int, resume: bool) -> pd.DataFrame:
@@ -228,8 +229,13 @@ def _progress(steps: Iterable) -> Iterable:
     return tqdm(steps, mininterval=0.5 if sys.stderr.isatty() else 60, unit="step")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"evsam_lib.training: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evsam_lib.training", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m evsam_lib.training", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, dest="phase", metavar="|".join(PHASES))
     for phase, kinds in PHASES.items():
         text = {"distill": "phase 1: imitate a teacher's embedding", "end-to-end": "phase 2: masks from prompts"}

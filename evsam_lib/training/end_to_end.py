@@ -44,7 +44,7 @@ from evsam_lib.training.held_out import HeldOut
 from evsam_lib.training.samples import Sample, training_sample
 from evsam_lib.training.settings import EndToEnd
 
-__all__ = ["Batch", "collate", "low_res_px", "phase2_loss", "train"]
+__all__ = ["Batch", "batches_of", "collate", "decoded", "low_res_px", "phase2_loss", "train"]
 
 OFFICIAL_CLIP = 2.0  # official configs/default.yaml, by value
 DECODER = ("prompt_encoder.", "mask_decoder.")
@@ -112,10 +112,15 @@ def train(
     own = {"phase": "end to end", "model": model.name, "images": len(data)}
     return loop.fit(
         _EndToEnd(model, settings),
-        Batches(data, partial(_sample, data, model, settings), partial(_collate, settings, model.frame_size)),
+        batches_of(model, data, settings),
         settings, out=out, record={**own, **(record or {})}, resume=resume,
         measure=held_out, measured=[] if held_out is None else held_out.names, progress=progress,
     )  # fmt: skip
+
+
+def batches_of(model: nn.Module, data: Any, settings: EndToEnd) -> Batches:
+    """The samples of a training with complete settings: prompts drawn, targets made."""
+    return Batches(data, partial(_sample, data, model, settings), partial(_collate, settings, model.frame_size))
 
 
 class _EndToEnd(loop.Objective):
@@ -204,7 +209,18 @@ def phase2_loss(
 def decoded(
     model: nn.Module, embedding: torch.Tensor, batch: Batch, multimask: bool, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), all prompts at once or chunk by chunk."""
+    """Masks of a batch's prompts, all at once or chunk by chunk.
+
+    Args:
+        model: a `Sam`.
+        embedding: (B, C, h, w) float.
+        batch: its coords, labels and valid are used.
+        multimask: three masks per prompt, or the single one.
+        chunk: see `phase2_loss`.
+
+    Returns:
+        low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K).
+    """
 
     def decode(grid: torch.Tensor, prompts: slice) -> tuple[torch.Tensor, torch.Tensor]:
         coords, labels, valid = (part[:, prompts] for part in (batch.coords, batch.labels, batch.valid))

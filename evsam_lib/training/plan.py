@@ -180,14 +180,15 @@ def _memory_gb(
     phase: str, model: str, gpus: int, images: int, amp: str, decoder_chunk: int, teacher: str | None
 ) -> float:
     """Weights, gradients, two moments, buffers for the others' gradients, the teacher, and what a step keeps."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         sam = zoo.ZOO[model].build().train()
+        learned_from = 0 if teacher is None else sum(p.numel() for p in zoo.ZOO[teacher].build().parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sam = sam.to_empty(device="cpu")
         part = sam.image_encoder if phase == "distill" else sam
         learns = sum(p.numel() for p in part.parameters())
         all_of_it = sum(p.numel() for p in sam.parameters())
-        fixed = 4 * all_of_it + 4 * learns * (4 if gpus > 1 else 3)
-        if teacher is not None:
-            fixed += 4 * sum(p.numel() for p in zoo.ZOO[teacher].build().parameters())
+        fixed = 4 * (all_of_it + learned_from) + 4 * learns * (4 if gpus > 1 else 3)
         pixels = torch.zeros(images, 3, sam.image_size, sam.image_size)
         if phase == "distill":
             target = torch.zeros(images, sam.embed_dim, sam.grid, sam.grid)
