@@ -203,6 +203,8 @@ def test_own_images_in_coco_form_train(tmp_path, toys):
     for mask, true in zip(masks, truth, strict=True):
         assert (torch.from_numpy(mask > 0.5) == torch.from_numpy(true)).all() or record.image.shape[1] != 96
     own = PHASE2 | {"data": str(pictures), "annotations": str(annotations), "steps": 2}
+    with pytest.raises(ValueError, match="held_out_every without held_out"):
+        command.start("end-to-end", own | {"held_out_every": 1}, out=tmp_path / "run")
     assert len(command.start("end-to-end", own, out=tmp_path / "run")) == 2
     (pictures / "000000000001.jpg").write_bytes(b"no picture")
     command.start("end-to-end", own | {"batch_size": 8}, out=tmp_path / "skip")

@@ -164,11 +164,11 @@ def _train(task: _Task, ranks: Ranks, device: torch.device) -> pd.DataFrame:
     if task.phase == "distill":
         teacher = zoo.load_model(job.teacher, job.teacher_weights, device=device)
         distill.adopt_decoder(model, teacher)
-        more |= {"cache": job.cache_folder or None, "held_out": _held_out(job, settings, model, teacher)}
+        more |= {"cache": job.cache_folder or None, "held_out": _held_out(job, settings, data, model, teacher)}
         more["record"]["teacher_weights"] = job.teacher_weights
         log = distill.distill(model, teacher, data, settings, **more)
     else:
-        log = end_to_end.train(model, data, settings, held_out=_held_out(job, settings, model, None), **more)
+        log = end_to_end.train(model, data, settings, held_out=_held_out(job, settings, data, model, None), **more)
     if ranks.first:
         if settings.ema:
             last = checkpoint.checkpoints(out)[-1] / "ema.safetensors"
@@ -188,16 +188,14 @@ def _model(name: str, init: str, seed: int, device: torch.device) -> Sam:
     return zoo.load_model(name, init, device=device)
 
 
-def _held_out(job: Any, settings: Any, model: Sam, teacher: Sam | None) -> HeldOut | None:
+def _held_out(job: Any, settings: Any, data: Any, model: Sam, teacher: Sam | None) -> HeldOut | None:
     if not settings.held_out_every:
         return None
-    if not job.held_out and job.annotations:
-        raise ValueError(
-            "held_out_every with annotations needs held_out and held_out_annotations: images to measure on"
-        )
+    if not job.held_out and (job.annotations or hasattr(data, "loader")):
+        raise ValueError("held_out_every without held_out: expected images to measure on; only SA-1B has its last 1 %")
     split = "all" if job.held_out else "val"
-    data = open_data(job.held_out or job.data, annotations=job.held_out_annotations or None, split=split)
-    return HeldOut(model, data, images=job.held_out_images, teacher=teacher)
+    others = open_data(job.held_out or job.data, annotations=job.held_out_annotations or None, split=split)
+    return HeldOut(model, others, images=job.held_out_images, teacher=teacher)
 
 
 def _note(task: _Task, found: dict, *, began: datetime, device: torch.device, inputs: list[dict]) -> None:

@@ -317,6 +317,7 @@ def _last(out: Path, kept: dict[str, Any], resume: bool) -> Path | None:
         return found[-1]
     for old in found:
         checkpoint.remove(old)
+    (out / "skipped.txt").unlink(missing_ok=True)  # of the run that was here before
     return None
 
 
