@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--masks", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16, help="that count, per way; as many warm up at most")
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
@@ -60,11 +60,13 @@ def samples_per_s(data, model, workers: int, options: argparse.Namespace) -> flo
 
 
 def steps(phase: str, root: Path, out: Path, options: argparse.Namespace) -> None:
-    """Seconds of the parts of a step with the mini model, 4 images."""
+    """Seconds of the parts of a step with the mini model, 4 images, at most 16 masks each."""
     parameters = {"model": "efficientvit-sam-mini", "init": "mini", "data": str(root), "split": "all", "batch_size": 4}
     parameters |= {"steps": options.steps + 1, "device": "cpu", "threads": 1}
     if phase == "distill":
         parameters |= {"teacher": "efficientvit-sam-mini", "teacher_weights": "mini"}
+    else:
+        parameters |= {"masks_per_image": 16}
     log = command.start(phase, parameters, out=out).iloc[1:]
     parts = ", ".join(f"{part} {log[f'{part}_s'].median():.3f}" for part in PARTS)
     print(f"{phase}, mini, 4 images: {log['seconds'].median():.2f} s a step: {parts}; {log['memory_gb'].max():.2f} GB")
