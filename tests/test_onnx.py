@@ -21,6 +21,7 @@ from evsam_lib import Predictor, load_model
 from evsam_lib.data.generate import scene
 from evsam_lib.data.transforms import LongestSide, Stretch, resized_hw
 from evsam_lib.deploy import card as cards
+from evsam_lib.deploy import mend
 from evsam_lib.deploy import onnx as exporter
 from evsam_lib.deploy.graphs import DecoderGraph, EncoderGraph, upscale, with_padding_point
 from evsam_lib.deploy.onnx import export, load_weights, main
@@ -220,6 +221,17 @@ class TestFiles:
             assert "site-packages" not in text
             assert ".py" not in text
 
+    def test_operations_are_named_by_module_and_divide_by_a_plain_epsilon(self, folder):
+        graph = onnx.load(folder / "encoder.onnx").graph
+        nodes = {node.name: node for node in graph.node}
+        assert len(nodes) == len(graph.node)
+        attention = "image_encoder.backbone.stages.4.op_list.2.context_module.main"
+        assert {f"{attention}/MatMul_1", f"{attention}.qkv/Conv", "image_encoder.norm/LayerNormalization"} <= set(nodes)
+        values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        np.testing.assert_allclose(values[nodes[f"{attention}/Add"].input[1]], 1e-15, rtol=1e-6)
+        assert nodes[f"{attention}/Div"].input[1] == nodes[f"{attention}/Add"].output[0]
+        assert max(np.abs(value).max() for value in values.values() if value.dtype == np.float32) < 1e4  # no 2^50 left
+
     def test_tokens_that_nobody_attends_to_do_not_divide_by_zero(self, tmp_path):
         """The exporter's optimiser takes the attention's eps of 1e-15 for zero and would drop it."""
 
@@ -228,7 +240,7 @@ class TestFiles:
                 return relu_linear_attention(x, x, x)
 
         x = torch.ones(1, 2, 3)
-        with exporter._quietly():
+        with mend.quietly():
             torch.onnx.export(Attention().eval(), (x,), tmp_path / "a.onnx", dynamo=True, verbose=False)
         session = onnxruntime.InferenceSession(tmp_path / "a.onnx")
         for value in (torch.zeros_like(x), 1e-9 * x, x, -x):

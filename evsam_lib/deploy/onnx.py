@@ -9,20 +9,17 @@ encoder of twice the nodes. Exit code 0: done; 1: beyond the bounds; 2: wrong re
 """
 
 import argparse
-import contextlib
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as functional
 
 from evsam_lib import __version__
 from evsam_lib.deploy.card import Card, fingerprint, need
 from evsam_lib.deploy.graphs import PARTS, SELECT, build_graph
+from evsam_lib.deploy.mend import average_by_axis, plain_operations, quietly, restore_epsilons, tidy
 from evsam_lib.models.sam import Sam
 from evsam_lib.models.weights import sha256
 from evsam_lib.models.zoo import load_model, weights_path
@@ -148,8 +145,9 @@ def _write(graph: torch.nn.Module, card: Card, folder: Path) -> Path:
     import onnx
 
     program = _trace(graph, card)
-    _average_by_axis(program.model)
-    _tidy(program.model, card)
+    average_by_axis(program.model)
+    restore_epsilons(program.model)
+    tidy(program.model, card)
     program.model.metadata_props.update(card.to_properties())
     name = f"{card.part}.onnx"
     size = sum(tensor.nbytes for tensor in graph.state_dict().values())
@@ -171,7 +169,7 @@ def _trace(graph: torch.nn.Module, card: Card):
         axes[port.name] = {i: length for i, length in enumerate(port.shape) if isinstance(length, str)}
     if "original_size" in examples:
         examples["original_size"] = torch.tensor([_ANY["height"], _ANY["width"]])
-    with torch.no_grad(), _plain_operations(), _quietly():
+    with torch.no_grad(), plain_operations(), quietly():
         return torch.onnx.export(
             graph,
             kwargs=examples,
@@ -181,102 +179,6 @@ def _trace(graph: torch.nn.Module, card: Card):
             dynamo=True,
             verbose=False,
         )
-
-
-@contextlib.contextmanager
-def _plain_operations():
-    """Attention and group norm as the operations they are made of, for the exporter alone."""
-    ours = {"scaled_dot_product_attention": _attention, "group_norm": _group_norm}
-    theirs = {name: getattr(functional, name) for name in ours}
-    try:
-        for name, function in ours.items():
-            setattr(functional, name, function)
-        yield
-    finally:
-        for name, function in theirs.items():
-            setattr(functional, name, function)
-
-
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """The exporter's own has to have 4 axes, and multiplies the long keys by a scale."""
-    scores = q * (q.shape[-1] ** -0.5 if scale is None else scale) @ k.mT
-    if attn_mask is not None:
-        hidden = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, float("-inf")) if hidden else scores + attn_mask
-    return scores.softmax(-1) @ v
-
-
-def _group_norm(x, groups, weight, bias, eps):
-    """The exporter's own is an InstanceNormalization, in which onnxruntime errs by 1e-3 on a million values."""
-    y = x.unflatten(1, (groups, -1))  # (B, groups, C, h, w)
-    y = y - y.mean(dim=(2, 3, 4), keepdim=True)
-    y = y / torch.sqrt(y.square().mean(dim=(2, 3, 4), keepdim=True) + eps)
-    return y.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
-
-
-@contextlib.contextmanager
-def _quietly():
-    """Without the exporter's notes on its own insides."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", module="torch.onnx")
-        logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
-
-
-def _average_by_axis(model) -> None:
-    """Splits a mean over several axes into one for each: onnxruntime adds the values up one by one.
-
-    Over 256 x 256 cells that costs a digit (1.5e-6 instead of 2e-7), and EdgeSAM's embedding errs by 1e-3.
-    """
-    import onnx_ir
-
-    for node in list(model.graph.all_nodes()):
-        if node.op_type != "ReduceMean" or node.attributes.get_int("keepdims", 1) != 1:
-            continue
-        axes = node.inputs[1].const_value.numpy()
-        value = node.inputs[0]
-        for axis in axes[:0:-1].tolist():
-            step = onnx_ir.node("ReduceMean", [value, _axis(model, node, axis)], attributes={"keepdims": 1})
-            model.graph.insert_before(node, step)
-            value = step.outputs[0]
-        node.replace_input_with(0, value)
-        node.replace_input_with(1, _axis(model, node, int(axes[0])))
-
-
-def _axis(model, node, axis: int):
-    """A constant of the graph."""
-    import onnx_ir
-
-    name = f"{node.outputs[0].name}_axis_{axis}"
-    tensor = onnx_ir.tensor([axis], dtype=onnx_ir.DataType.INT64, name=name)
-    value = onnx_ir.Value(
-        name=name, const_value=tensor, shape=onnx_ir.Shape([1]), type=onnx_ir.TensorType(tensor.dtype)
-    )
-    model.graph.register_initializer(value)
-    return value
-
-
-def _tidy(model, card: Card) -> None:
-    """Names the outputs' axes; removes the exporter's notes on every operation, which name this machine's folders."""
-    import onnx_ir
-
-    for output, port in zip(model.graph.outputs, card.outputs, strict=True):
-        output.shape = onnx_ir.Shape(port.shape)
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        values += node.outputs
-    for value in values:
-        value.metadata_props.clear()
 
 
 def _size(path: Path) -> float:
