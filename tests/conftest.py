@@ -27,3 +27,22 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in gpu_tests:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def mini():
+    """The mini model, and where its weights are from."""
+    from evsam_lib.deploy.onnx import load_weights
+
+    return load_weights("efficientvit-sam-mini", "mini")
+
+
+@pytest.fixture(scope="session")
+def mini_onnx(mini, tmp_path_factory):
+    """The mini model exported: the encoder for bytes, and the decoder with everything it can have. Not to be changed."""
+    from evsam_lib.deploy.onnx import export
+
+    model, known = mini
+    folder = tmp_path_factory.mktemp("onnx") / "mini"
+    export(model, folder, uint8_input=True, mask_input=True, upsample=True, **known)
+    return folder

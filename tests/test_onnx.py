@@ -40,24 +40,16 @@ GOLDEN = Path(__file__).parent / "golden"
 ATOL = 1e-3  # logits of up to 100 at these weights, whose last digit is 1e-5
 
 
-@pytest.fixture(scope="module")
-def mini():
-    return load_weights("efficientvit-sam-mini", "mini")
-
-
-@pytest.fixture(scope="module")
-def folder(mini, tmp_path_factory):
+@pytest.fixture
+def folder(mini_onnx):
     """The encoder for bytes, and the decoder with everything it can have."""
-    model, known = mini
-    folder = tmp_path_factory.mktemp("onnx") / "mini"
-    export(model, folder, uint8_input=True, mask_input=True, upsample=True, **known)
-    return folder
+    return mini_onnx
 
 
 @pytest.fixture(scope="module")
-def predictors(mini, folder):
+def predictors(mini, mini_onnx):
     """Eager PyTorch's and the exported folder's, the same image set."""
-    both = Predictor(mini[0]), Predictor(load_engine(folder))
+    both = Predictor(mini[0]), Predictor(load_engine(mini_onnx))
     for predictor in both:
         predictor.set_image(IMAGE)
     return both

@@ -14,7 +14,7 @@ from torch import nn
 
 from evsam_lib.data.transforms import Frame, LongestSide, Stretch
 
-FORMAT = 1  # counts up when the inputs or outputs of the graphs change their meaning
+FORMAT = 2  # counts up when the card gets other entries, or the inputs or outputs of the graphs another meaning
 FRAMES = {"LongestSide": LongestSide, "Stretch": Stretch}
 
 
@@ -62,6 +62,8 @@ class Card:
         upsample: masks come out at the original size too.
         inputs: of the graph.
         outputs: of the graph.
+        precision: "fp32", or what most layers compute in: "fp16" or "int8". Inputs and outputs are the same in all.
+        fp32_layers: of a graph in lower precision, the layers that stayed in float32 to keep it right.
     """
 
     part: str
@@ -83,6 +85,8 @@ class Card:
     upsample: bool
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+    precision: str = "fp32"
+    fp32_layers: tuple[str, ...] = ()
 
     def to_properties(self) -> dict[str, str]:
         """As ONNX metadata: names to text, JSON where it is not text by itself."""
@@ -118,6 +122,7 @@ class Card:
             for field in fields(cls)
         }
         values["frame"] = FRAMES[values["frame"].pop("kind")](**values["frame"])
+        values["fp32_layers"] = tuple(values["fp32_layers"])
         for name in ("inputs", "outputs"):
             values[name] = tuple(Port(**{**port, "shape": tuple(port["shape"])}) for port in values[name])
         return cls(**values)

@@ -1,6 +1,6 @@
 """Models as ONNX files, checked before they get their names, and verified against PyTorch.
 
-    python -m evsam_lib.deploy.onnx export MODEL --weights mini|official|PATH|random --out DIR
+    python -m evsam_lib.deploy.onnx export MODEL --weights mini|official|PATH|random --out DIR [--precision fp16]
     python -m evsam_lib.deploy.onnx verify DIR
 
 `encoder.onnx`, `decoder.onnx` and `pipeline.onnx` (both in one) say in their metadata what they are and what goes in.
@@ -29,6 +29,7 @@ __all__ = ["MIN_OPSET", "OPSET", "export", "load_weights", "main"]
 OPSET = 20  # the first with GELU as one operation; TensorRT 10 and onnxruntime 1.17 read it
 MIN_OPSET = 18  # what torch's exporter writes; layer norm is one operation since 17
 ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; a larger graph keeps its weights in a second file
+PRECISIONS = ("fp32", "fp16", "int8")
 _ANY = {"batch": 2, "prompts": 3, "points": 4, "height": 96, "width": 160}  # example lengths, none of them 1
 
 
@@ -42,6 +43,7 @@ def export(
     uint8_input: bool = False,
     mask_input: bool = False,
     upsample: bool = False,
+    precision: str = "fp32",
     weights: str = "",
     weights_sha256: str = "",
     say: Callable[[str], object] = lambda line: None,
@@ -57,6 +59,8 @@ def export(
         uint8_input: the encoder takes bytes and normalises inside, see `graphs.PaddedPixels`.
         mask_input: prompts may hold a mask.
         upsample: masks come out at the original size too.
+        precision: "fp32"; "fp16" with the float32 islands that `precision.choose_islands` finds; or "int8", for the
+            encoder's convolutions.
         weights: where the model's weights are from: "mini", "official", "random" or a file's name; kept in the card.
         weights_sha256: of that file.
         say: takes lines of progress.
@@ -69,16 +73,16 @@ def export(
         ModuleNotFoundError: onnx or onnxscript is not installed.
     """
     need("onnx", "onnxscript")
-    _check_request(model, parts, opset, select)
+    _check_request(model, parts, opset, select, precision)
     folder = Path(folder)
     options = {"select": select, "uint8_input": uint8_input, "mask_input": mask_input, "upsample": upsample}
     graphs = {part: build_graph(part, model, **options) for part in parts}  # refusals come before any work
     known = {"weights": weights, "weights_sha256": weights_sha256, "state_sha256": fingerprint(model)}
     paths = {}
     for part, graph in graphs.items():
-        card = _card(part, model, graph, opset=opset, **options, **known)
-        paths[part] = _write(graph, card, folder)
-        say(f"{paths[part]}: {_size(paths[part]):.1f} MB, opset {opset}")
+        card = _card(part, model, graph, opset=opset, precision=precision, **options, **known)
+        paths[part] = _write(graph, card, folder, model, say)
+        say(f"{paths[part]}: {_size(paths[part]):.1f} MB, opset {opset}, {precision}")
     return paths
 
 
@@ -103,13 +107,19 @@ def load_weights(name: str, weights: str | Path) -> tuple[Sam, dict[str, str]]:
     return model, {"weights": str(label), "weights_sha256": sha256(path)}
 
 
-def _check_request(model: Sam, parts: tuple[str, ...], opset: int, select: str) -> None:
+def _check_request(model: Sam, parts: tuple[str, ...], opset: int, select: str, precision: str) -> None:
     import onnx
 
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"Unknown part {unknown[0]!r}; there are {', '.join(PARTS)}.")
     if select not in SELECT:
         raise ValueError(f"select must be 'all' or 'best', got {select!r}.")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}.")
+    if precision == "int8" and parts != ("encoder",):
+        raise ValueError("int8 is for the encoder's convolutions: name --part encoder.")
+    if precision != "fp32":
+        need("onnxruntime")  # which measures
     if opset < MIN_OPSET:
         raise ValueError(
             f"Opset {opset} is too old: the exporter of torch {torch.__version__} writes {MIN_OPSET} or later; "
@@ -140,7 +150,7 @@ def _card(part: str, model: Sam, graph: torch.nn.Module, **known) -> Card:
     )
 
 
-def _write(graph: torch.nn.Module, card: Card, folder: Path) -> Path:
+def _write(graph: torch.nn.Module, card: Card, folder: Path, model: Sam, say: Callable[[str], object]) -> Path:
     """Exports into a folder of its own, checks what is there, and moves it into place: weights first, graph last."""
     import onnx
 
@@ -154,6 +164,10 @@ def _write(graph: torch.nn.Module, card: Card, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as partial:
         program.save(Path(partial) / name, external_data=size > ONE_FILE_BYTES)
+        if card.precision != "fp32":
+            from evsam_lib.deploy.narrow import narrow
+
+            narrow(Path(partial) / name, card, model, say=say)
         onnx.checker.check_model(str(Path(partial) / name), full_check=True)  # shape inference, strictly, is part of it
         for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == name):
             file.replace(folder / file.name)
@@ -206,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _export(options: argparse.Namespace) -> int:
     parts = {"all": PARTS, None: ("encoder", "decoder")}.get(options.part, (options.part,))
     model, known = load_weights(options.model, options.weights)
-    names = ("opset", "select", "uint8_input", "mask_input", "upsample")
+    names = ("opset", "select", "uint8_input", "mask_input", "upsample", "precision")
     export(model, options.out, parts=parts, **{name: getattr(options, name) for name in names}, **known, say=print)
     print(f"check it with: python -m evsam_lib.deploy.onnx verify {options.out}")
     return 0
@@ -235,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--part", help="encoder, decoder, pipeline, or all (default: the first two)")
     make.add_argument("--opset", type=int, default=OPSET, help=f"of ONNX, {MIN_OPSET} or later (default {OPSET})")
     make.add_argument("--select", default="all", help="all four masks of a prompt (the default), or the best of three")
+    make.add_argument("--precision", default="fp32", help="fp32 (the default), fp16 with float32 islands, or int8")
     make.add_argument("--uint8-input", action="store_true", help="images come as bytes, normalised inside")
     make.add_argument("--mask-input", action="store_true", help="prompts may hold a mask")
     make.add_argument("--upsample", action="store_true", help="masks at the original size come out too")
