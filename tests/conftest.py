@@ -39,7 +39,7 @@ def mini():
 
 @pytest.fixture(scope="session")
 def mini_onnx(mini, tmp_path_factory):
-    """The mini model exported: the encoder for bytes, and the decoder with everything it can have. Not to be changed."""
+    """The mini model exported: the encoder for bytes, and the decoder with all it can have. Not to be changed."""
     from evsam_lib.deploy.onnx import export
 
     model, known = mini

@@ -206,7 +206,7 @@ class TestOverflow:
         torch.testing.assert_close(ours, original, atol=1e-4, rtol=0)
 
     def test_naive_fp16_gives_nothing_and_islands_the_mask(self, overflowing, judge):
-        model, folder, graph, card = overflowing
+        model, _, graph, card = overflowing
         choice = choose_islands(graph, judge)
         assert choice.naive == Deviation(float("inf"), float("inf"))
         assert choice.deviation.excess(Bounds()) <= 1

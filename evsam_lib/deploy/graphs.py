@@ -61,7 +61,7 @@ class PaddedPixels(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> Tensor:
         """(B, S, S, 3) uint8 and (B, 2) int64 -> (B, 3, S, S) float32."""
-        pixels = (images.permute(0, 3, 1, 2).float() / self.scale - self.mean) / self.std
+        pixels = (images.float().permute(0, 3, 1, 2) / self.scale - self.mean) / self.std
         place = torch.arange(images.shape[1], device=images.device)
         rows, columns = place < sizes[:, :1], place < sizes[:, 1:]  # (B, S) each
         return torch.where(rows[:, None, :, None] & columns[:, None, None, :], pixels, 0.0)
@@ -79,7 +79,7 @@ class StretchedPixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, 3, S, S) float32."""
-        pixels = images.permute(0, 3, 1, 2).float() / 255
+        pixels = images.float().permute(0, 3, 1, 2) / 255  # TensorRT moves no bytes
         return (F.interpolate(pixels, self.size, mode="bilinear", align_corners=False) - self.mean) / self.std
 
 

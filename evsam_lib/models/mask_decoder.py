@@ -250,18 +250,18 @@ class MaskDecoder(nn.Module):
         whole = image.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
         strips = image.split(height * width if whole else STRIP, dim=2)
         logits = torch.cat([self._upscaled(strip, kernels) for strip in strips], dim=2)
-        logits = logits.unflatten(2, (height, width, 2, 2, 2, 2)).permute(0, 1, 8, 2, 4, 6, 3, 5, 7)
-        return logits.reshape(*logits.shape[:3], 4 * height, 4 * width)
+        cells = logits.flatten(0, 1).unflatten(1, (height, width, 2, 2, 2, 2))  # 8 axes: TensorRT has no more
+        return cells.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(*kernels.shape[:3], 4 * height, 4 * width)
 
     def _upscaled(self, image: Tensor, kernels: Tensor) -> Tensor:
         """Some of the image's tokens (B, N, T, C) -> logits (B, N, 16 T, K)."""
         first, norm, act, second, _ = self.output_upscaling
-        x = act(norm(_upscale_tokens(image, first)))  # (B, N, T, 2, 2, C / 4)
-        x = act(_upscale_tokens(x, second))  # (B, N, T, 2, 2, 2, 2, C / 8)
-        return x.flatten(2, -2) @ kernels.transpose(-1, -2)
+        x = act(norm(_upscale_tokens(image, first)))  # (B, N, 4 T, C / 4)
+        x = act(_upscale_tokens(x, second))  # (B, N, 16 T, C / 8)
+        return x @ kernels.transpose(-1, -2)
 
 
 def _upscale_tokens(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
-    """A transposed 2x2 convolution of stride 2 on channels-last tokens: (..., C) -> (..., 2, 2, C')."""
+    """A transposed 2x2 convolution of stride 2 on channels-last tokens: (..., T, C) -> (..., 4 T, C')."""
     weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C', C)
-    return F.linear(x, weight, layer.bias.repeat(4)).unflatten(-1, (2, 2, layer.out_channels))
+    return F.linear(x, weight, layer.bias.repeat(4)).unflatten(-1, (4, layer.out_channels)).flatten(-3, -2)
