@@ -14,7 +14,7 @@
 PYTHON ?= python3
 PROFILE ?= mini
 ARGS ?=
-EXTRAS := lab,eval,onnx,stream,sam3,dev
+EXTRAS := lab,eval,onnx,openvino,stream,sam3,dev
 
 VENV := .venv
 RUN := $(VENV)/bin/python

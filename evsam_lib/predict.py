@@ -23,13 +23,22 @@ CHOICES = ("predicted_iou", "stability", "model", "single")
 class Predictor:
     """Masks for prompts on one image.
 
-    Attributes:
+    Args:
         model: the model.
+        engine: what runs it, a key of `evsam_lib.deploy.engines.ENGINES`, such as "compile" or "openvino".
+        precision: of the image encoder in that engine: "fp32", "bf16" or "fp16".
+
+    Attributes:
+        model: the model, behind the engine.
         features: (1, C, h, w) tensor, the image's embedding, or None before `set_image`.
         original_size: (H, W) of the image, or None.
     """
 
-    def __init__(self, model: Sam):
+    def __init__(self, model: Sam, *, engine: str = "eager", precision: str = "fp32"):
+        if (engine, precision) != ("eager", "fp32"):
+            from evsam_lib.deploy.engines import with_engine  # above this module, and most need none of them
+
+            model = with_engine(model, engine, precision=precision)
         self.model = model
         self.reset_image()
 

@@ -55,7 +55,7 @@ def environment() -> tuple[list[str], list[str]]:
 
 def test_every_direct_requirement_is_locked_within_its_range():
     pins = locked()
-    for name, requirement in declared("lab", "eval", "onnx", "stream", "sam3", "dev").items():
+    for name, requirement in declared("lab", "eval", "onnx", "openvino", "stream", "sam3", "dev").items():
         assert name in pins, f"{name} is not in requirements.lock"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit {pins[name]}"
 
@@ -150,7 +150,7 @@ def test_make_alone_explains_itself_and_installs_nothing(checkout):
 @needs_make
 def test_targets_set_up_once_and_again_when_the_lock_changes(checkout):
     assert call(checkout, "make", "mini").returncode == 0
-    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,onnx,stream,sam3,dev]"
+    install = "-m pip install --constraint requirements.lock --editable .[lab,eval,onnx,openvino,stream,sam3,dev]"
     mini = "-m evsam_lib.run --profile mini"
     assert calls(checkout) == ["-m venv --clear .venv", install, mini]
 

@@ -9,8 +9,9 @@ import importlib.util
 import json
 from dataclasses import asdict, dataclass, fields
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from evsam_lib.data.transforms import Frame, LongestSide, Stretch
 
@@ -135,6 +136,18 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def given_inputs(card: Card, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Tensors as arrays of the types that a graph takes.
+
+    Raises:
+        ValueError: inputs are missing or unknown.
+    """
+    given, wanted = set(inputs), {port.name for port in card.inputs}
+    if given != wanted:
+        raise ValueError(f"{card.part} takes {', '.join(sorted(wanted))}, got {', '.join(sorted(given))}.")
+    return {port.name: inputs[port.name].to("cpu", getattr(torch, port.dtype)).numpy() for port in card.inputs}
 
 
 def need(*packages: str) -> None:

@@ -1,7 +1,8 @@
 """Exported models behind the interface of `Sam`, so that `Predictor(load_engine(folder))` works like any model.
 
 An engine has what `Predictor` asks of a model and nothing else: `embed`, `decode`, `quality`, `upscale`, `to_frame` and
-the prompt encoder's `tokens`. Here it is onnxruntime; others can stand behind the same few names. Notebook 06 uses it.
+the prompt encoder's `tokens`. What runs the two graphs is a parameter: onnxruntime here, others in `engines.py`.
+Notebook 06 uses it.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from evsam_lib.data.transforms import LongestSide, check_image, resize_longest
-from evsam_lib.deploy.card import Card, need
+from evsam_lib.deploy.card import Card, given_inputs, need
 from evsam_lib.deploy.graphs import HIDDEN_LABEL
 from evsam_lib.models.prompt_encoder import PADDING_LABEL, join_prompts, prompt_tokens
 from evsam_lib.models.sam import Sam
@@ -34,6 +35,8 @@ class Graph:
         ValueError: the file is damaged, from elsewhere, or from another version of the study.
         ModuleNotFoundError: onnxruntime is not installed.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self, path: str | Path, *, threads: int | None = None, providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -61,10 +64,7 @@ class Graph:
         Raises:
             ValueError: inputs are missing or unknown.
         """
-        given, ports = set(inputs), self.card.inputs
-        if given != (wanted := {port.name for port in ports}):
-            raise ValueError(f"{self.card.part} takes {', '.join(sorted(wanted))}, got {', '.join(sorted(given))}.")
-        arrays = {port.name: inputs[port.name].to("cpu", getattr(torch, port.dtype)).numpy() for port in ports}
+        arrays = given_inputs(self.card, inputs)
         names = [port.name for port in self.card.outputs]
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, arrays)), strict=True))
 
@@ -73,14 +73,13 @@ class OnnxSam:
     """An encoder and a decoder graph with the methods of `Sam` that `Predictor` uses.
 
     Args:
-        encoder: the graph.
+        encoder: the graph, a `Graph` or whatever else has a `card`, a `device` and takes and returns tensors by name.
         decoder: the graph, of the same model and weights.
 
     Raises:
         ValueError: the two are of different models or weights.
     """
 
-    device = torch.device("cpu")
     dtype = torch.float32
     mask_threshold = Sam.mask_threshold
     preprocess, to_frame, quality, upscale = Sam.preprocess, Sam.to_frame, Sam.quality, Sam.upscale
@@ -91,7 +90,7 @@ class OnnxSam:
             raise ValueError(
                 f"Encoder ({encoder.card.model}) and decoder ({card.model}) are of different weights; export both anew."
             )
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder, self.device = encoder, decoder, encoder.device
         self.name, self.frame, self.best_by = card.model, card.frame, card.best_by
         self.image_size, self.frame_size = self.frame.image_size, self.frame.frame_size
         self.embed_dim, self.grid = card.embed_dim, card.grid
@@ -150,12 +149,12 @@ class OnnxSam:
         labels = labels if valid is None else labels.masked_fill(~valid, HIDDEN_LABEL)
         if count == 0:
             side, masks = 4 * self.grid, 1 if card.select == "best" or not multimask_output else 3
-            return torch.zeros(len(coords), 0, masks, side, side), torch.zeros(len(coords), 0, masks)
+            return coords.new_zeros(len(coords), 0, masks, side, side), coords.new_zeros(len(coords), 0, masks)
         coords, labels = fill_tokens(coords, labels, card)
         inputs = {"embedding": embedding, "coords": coords, "labels": labels}
         if card.mask_input:
-            inputs["has_mask"] = torch.full((len(coords), count), mask_input is not None)
-            empty = torch.zeros(len(coords), count, 1, 4 * self.grid, 4 * self.grid)
+            inputs["has_mask"] = torch.full((len(coords), count), mask_input is not None, device=coords.device)
+            empty = coords.new_zeros(len(coords), count, 1, 4 * self.grid, 4 * self.grid)
             inputs["mask_input"] = empty if mask_input is None else mask_input
         if card.upsample:  # that is the caller's affair here, as small as can be
             inputs["original_size"] = torch.tensor([2, 2])

@@ -72,7 +72,7 @@ def compiled(model: Sam) -> Sam:
         options = {"options": {"freezing": True}}
     else:
         options = {"mode": "max-autotune"}  # brings CUDA graphs with it
-    encoder = torch.compile(model.image_encoder, dynamic=False, **options)
+    encoder = torch.compile(model.image_encoder, dynamic=False, fullgraph=True, **options)
     return with_encoder(model, _OwnOutput(encoder))
 
 

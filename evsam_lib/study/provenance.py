@@ -12,11 +12,12 @@ from typing import Any
 
 from .paths import repo_root
 
-__all__ = ["provenance"]
+__all__ = ["ask", "provenance"]
 
 _PACKAGES = [
     *("evsam", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "matplotlib"),
     *("pycocotools", "faster-coco-eval", "papermill", "ipykernel"),
+    *("onnx", "onnxruntime", "openvino", "tensorrt"),
 ]
 
 
@@ -35,7 +36,7 @@ def provenance(
     """
     finished = datetime.now(UTC)
     torch = sys.modules.get("torch")
-    changes = _ask("git", "status", "--porcelain")
+    changes = ask("git", "status", "--porcelain")
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -47,7 +48,7 @@ def provenance(
         "run_id": run_id,
         "profile": parameters.get("profile"),
         "seed": parameters["seed"],
-        "git": {"sha": _ask("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
+        "git": {"sha": ask("git", "rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)},
         "started": started.isoformat(timespec="seconds"),
         "finished": finished.isoformat(timespec="seconds"),
         "seconds": round((finished - started).total_seconds(), 1),
@@ -56,13 +57,13 @@ def provenance(
         "machine": {"system": platform.platform(), "cpu": _cpu(), "cores": os.cpu_count()},
         "device": device,
         "threads": torch.get_num_threads() if torch else None,
-        "gpu": _ask("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
+        "gpu": ask("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
         "inputs": inputs,
     }
 
 
-def _ask(*command: str) -> str | None:
-    """What a command prints, or None where it does not exist or fails."""
+def ask(*command: str) -> str | None:
+    """What a command prints, stripped, or None where it does not exist or fails."""
     try:
         answer = subprocess.run(command, cwd=repo_root(), capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
