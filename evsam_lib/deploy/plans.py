@@ -150,4 +150,5 @@ def read_card(path: Path) -> Card:
 
 
 def numbers(version: str) -> tuple[int, ...]:
+    """Of a version: 10.16.1.11 -> (10, 16, 1, 11), which compares as versions do."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
