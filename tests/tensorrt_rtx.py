@@ -18,9 +18,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from evsam_lib.deploy.card import read_card
 from evsam_lib.deploy.graphs import PARTS
 from evsam_lib.deploy.onnx import export, load_weights
-from evsam_lib.deploy.plans import find_package, read_card
+from evsam_lib.deploy.plans import find_package
 from evsam_lib.deploy.tensorrt import _parse, build
 from evsam_lib.models.zoo import ZOO
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from evsam_lib.deploy import tensorrt as ours
-from evsam_lib.deploy.plans import PACKAGES, Origin, Profile, find_package, read_card
+from evsam_lib.deploy.card import Port, read_card
+from evsam_lib.deploy.plans import PACKAGES, Origin, Profile, find_package
 from evsam_lib.deploy.tensorrt import TensorRtGraph, build, main
 from tests.test_onnx import relabelled
 
@@ -129,8 +130,6 @@ def exported(mini_onnx, tmp_path):
 
 
 def image_port():
-    from evsam_lib.deploy.card import Port
-
     return Port("images", ("batch", 3, 256, 256), "float32", "")
 
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,6 +128,24 @@ class Card:
         for name in ("inputs", "outputs"):
             values[name] = tuple(Port(**{**port, "shape": tuple(port["shape"])}) for port in values[name])
         return cls(**values)
+
+
+def read_card(path: Path) -> Card:
+    """The card of an ONNX file.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is from elsewhere.
+    """
+    need("onnx")
+    import onnx
+
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No {path.name} in {path.parent}; write it by `python -m evsam_lib.deploy.onnx export`."
+        )
+    properties = onnx.load(path, load_external_data=False).metadata_props
+    return Card.from_properties({entry.key: entry.value for entry in properties}, source=str(path))
 
 
 def fingerprint(model: nn.Module) -> str:

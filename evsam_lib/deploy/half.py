@@ -100,6 +100,24 @@ class FloatGraph:
             raise ValueError(f"No layer {unknown[0]!r} in this graph to keep in float32.")
         return _Writer(self, kind, islands).write()
 
+    def degrees(self) -> dict[str, int]:
+        """How many activations are multiplied in what comes out of each layer, at least 1.
+
+        When an image makes all activations larger by a factor, a convolution's result grows by that factor, the sum of
+        products of two of them by its square, and so on; a normalisation starts anew.
+        """
+        degrees = dict.fromkeys((value.name for value in self.model.graph.input), 1)
+        for node in self.model.graph.node:
+            given = [degrees.get(name, 0) for name in self.inputs[node.name]] or [0]
+            if node.op_type in ("MatMul", "Mul"):
+                degree = sum(given)
+            elif node.op_type == "Div":
+                degree = max(given[0] - given[-1], 1)
+            else:
+                degree = {"LayerNormalization": 1, "Softmax": 0, "Sin": 0, "Cos": 0}.get(node.op_type, max(given))
+            degrees |= dict.fromkeys(node.output, degree)
+        return {name: max(degrees[node.output[0]], 1) for name, node in self.layers.items()}
+
     def consumers(self, name: str) -> set[str]:
         """Layers that a layer's values reach, be it through operations that only move them."""
         reached, found = set(self.layers[name].output), set()

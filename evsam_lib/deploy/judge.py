@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from evsam_lib.data.generate import scene
+from evsam_lib.data.generate import Scene, scene
 from evsam_lib.deploy.card import Card, need
 from evsam_lib.deploy.runtime import fill_tokens, pixel_inputs
 from evsam_lib.models.sam import Sam
@@ -100,7 +100,7 @@ def disagreement(one: np.ndarray, other: np.ndarray) -> float:
 # ---------------------------------------------------------------- images and prompts
 
 
-def calibration(card: Card, model: Sam, *, images: int = 2, seed: int = 1000) -> list[Feed]:
+def calibration(card: Card, model: Sam, *, images: int = 4, seed: int = 1000) -> list[Feed]:
     """What a graph takes, made of generated scenes: an image each, prompted by a point in and a box around objects.
 
     Args:
@@ -112,10 +112,15 @@ def calibration(card: Card, model: Sam, *, images: int = 2, seed: int = 1000) ->
     return [_feed(card, model, seed, index) for index in range(images)]
 
 
-def _feed(card: Card, model: Sam, seed: int, index: int) -> Feed:
+def calibration_scene(model: Sam, seed: int, index: int) -> Scene:
+    """The scene behind a feed of `calibration`: landscape and portrait in turn, half the prompt frame on a side."""
     height, width = ((3, 4), (4, 3))[index % 2]
     unit = model.frame_size // 8
-    sample = scene(seed, index, size=(height * unit, width * unit))
+    return scene(seed, index, size=(height * unit, width * unit))
+
+
+def _feed(card: Card, model: Sam, seed: int, index: int) -> Feed:
+    sample = calibration_scene(model, seed, index)
     coords, labels = fill_tokens(*_prompts(model, sample.masks), card)
     with torch.inference_mode():
         pixels = model.preprocess(sample.image)[None]

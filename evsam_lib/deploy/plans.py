@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
-from evsam_lib.deploy.card import Card, need
+from evsam_lib.deploy.card import Card
 
 PACKAGES = {
     "tensorrt": "pip install tensorrt, on a machine that reaches NVIDIA's package index",
@@ -129,24 +129,6 @@ def read_origin(plan: Path) -> tuple[Origin, Card]:
     card = Card.from_properties(values.pop("card"), source=str(plan))
     profile = Profile(**{name: tuple(span) for name, span in values.pop("profile").items()})
     return Origin(**values, profile=profile), card
-
-
-def read_card(path: Path) -> Card:
-    """The card of an ONNX file.
-
-    Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it is from elsewhere.
-    """
-    need("onnx")
-    import onnx
-
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No {path.name} in {path.parent}; write it by `python -m evsam_lib.deploy.onnx export`."
-        )
-    properties = onnx.load(path, load_external_data=False).metadata_props
-    return Card.from_properties({entry.key: entry.value for entry in properties}, source=str(path))
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -21,8 +21,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from evsam_lib.deploy.card import Card
-from evsam_lib.deploy.plans import Origin, Profile, find_package, numbers, read_card, read_origin
+from evsam_lib.deploy.card import Card, read_card
+from evsam_lib.deploy.plans import Origin, Profile, find_package, numbers, read_origin
 
 __all__ = ["TensorRtGraph", "build", "main"]
 
