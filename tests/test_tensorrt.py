@@ -225,6 +225,14 @@ class TestBuild:
             build(exported)
         assert [file.name for file in exported.parent.iterdir()] == ["encoder.onnx"]
 
+    def test_int8_for_cpus(self, exported, install):
+        install("11.4.0.106")
+        graph = onnx.load(exported)
+        onnx.helper.set_model_props(graph, replace(read_card(exported), precision="int8").to_properties())
+        onnx.save(graph, exported)
+        with pytest.raises(ValueError, match="is int8 for CPUs, .* build the fp16 export"):
+            build(exported)
+
     def test_for_a_gpu_elsewhere(self, exported, install):
         install("11.4.0.106")
         with pytest.raises(ValueError, match="Only tensorrt_rtx builds for a GPU that is not here"):

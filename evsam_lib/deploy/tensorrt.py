@@ -68,6 +68,10 @@ def build(
     _check_builder(trt, package, capability)
     path, profile = Path(path), profile or Profile()
     card = read_card(path)
+    if card.precision == "int8":
+        raise ValueError(
+            f"{path} is int8 for CPUs, with zero points that TensorRT does not take; build the fp16 export."
+        )
     origin = Origin(
         model=card.model,
         part=card.part,
