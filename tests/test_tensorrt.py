@@ -230,7 +230,7 @@ class TestBuild:
         graph = onnx.load(exported)
         onnx.helper.set_model_props(graph, replace(read_card(exported), precision="int8").to_properties())
         onnx.save(graph, exported)
-        with pytest.raises(ValueError, match="is int8 for CPUs, .* build the fp16 export"):
+        with pytest.raises(ValueError, match=r"is int8 for CPUs, .* build the fp16 export"):
             build(exported)
 
     def test_for_a_gpu_elsewhere(self, exported, install):
