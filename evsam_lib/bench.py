@@ -14,6 +14,7 @@ missing packages listed as `not run`; 1: an engine failed, or its accuracy did; 
 import argparse
 import gc
 import json
+import os
 import secrets
 import statistics
 import sys
@@ -46,6 +47,7 @@ TABLE_1 = {  # the paper's rows, in its order: our name of each
     "EfficientSAM": "efficient-sam-s",
     **{f"EfficientViT-SAM-{v}": f"efficientvit-sam-{v.lower()}" for v in ("L0", "L1", "L2", "XL0", "XL1")},
 }
+DECIDING = ("MALLOC_", "THP_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "CUDA_VISIBLE", "NVIDIA_TF32")  # variables, by start
 INPUTS = 4  # random images taken in turn, so that no input is in the caches; never zeros, which are faster
 
 
@@ -54,8 +56,8 @@ class Options:
     """What is timed, and for how long.
 
     Attributes:
-        engines: keys of `deploy.engines.ENGINES`.
-        precisions: of the image encoder: "fp32", "bf16", "fp16".
+        engines: keys of `deploy.engines.ENGINES`; speed-ups are over "eager", if it is among them.
+        precisions: of the image encoder: "fp32", "bf16", "fp16"; "eager" is in fp32 whatever is asked for.
         batches: images at a time.
         weights: "random", "mini", "official" or a path.
         device: "cpu" or "cuda".
@@ -112,11 +114,11 @@ def bench_model(name: str, options: Options, *, say: Callable[[str], object] = l
     started = datetime.now(UTC)
     torch._dynamo.reset()  # what is compiled for one model counts against the next
     model = load_weights(name, options.weights)[0].to(options.device)
-    ceilings = {p: gemm_ceiling(options.device, DTYPES[p]) for p in options.precisions}
+    ceilings = {p: gemm_ceiling(options.device, DTYPES[p]) for p in dict.fromkeys(("fp32", *options.precisions))}
     gate = Gate(model, images=options.check_images)
     ready, runs = {}, []
     for engine in options.engines:
-        for precision in options.precisions:
+        for precision in ("fp32",) if engine == "eager" else options.precisions:
             if precision not in ENGINES[engine].precisions:
                 continue
             entry = {"model": name, "engine": engine, "precision": precision, "weights": Path(options.weights).name}
@@ -200,6 +202,7 @@ def _conditions(name: str, options: Options, ceilings: dict, started: datetime) 
         "gemm_flops": ceilings,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "environment": {key: value for key, value in os.environ.items() if key.startswith(DECIDING)},
     }
 
 

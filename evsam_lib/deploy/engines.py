@@ -113,7 +113,7 @@ def _compile(model: Sam, precision: str, cache: Path) -> Sam:
 
 
 def _aoti(model: Sam, precision: str, cache: Path) -> Sam:
-    where = _isa() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
+    where = _cpu() if model.device.type == "cpu" else torch.cuda.get_device_name(model.device)
     folder = _folder(model, cache) / _file_name(f"aoti-{precision}-torch{torch.__version__}-{where}")
     return with_encoder(model, _AheadOfTime(fused(model, dtype=DTYPES[precision]).image_encoder, folder))
 
@@ -147,8 +147,9 @@ class _AheadOfTime(nn.Module):
             Path(file).replace(path)
 
 
-def _isa() -> str:
-    return torch.backends.cpu.get_cpu_capability()
+def _cpu() -> str:
+    """What compiled code is made for: its instructions, and a number of threads that is written into it."""
+    return f"{torch.backends.cpu.get_cpu_capability()}-{torch.get_num_threads()}threads"
 
 
 # ---------------------------------------------------------------- exported files
