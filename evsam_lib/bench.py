@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import ceil, prod
 from pathlib import Path
 
 import pandas as pd
@@ -48,7 +49,8 @@ TABLE_1 = {  # the paper's rows, in its order: our name of each
     **{f"EfficientViT-SAM-{v}": f"efficientvit-sam-{v.lower()}" for v in ("L0", "L1", "L2", "XL0", "XL1")},
 }
 DECIDING = ("MALLOC_", "THP_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "CUDA_VISIBLE", "NVIDIA_TF32")  # variables, by start
-INPUTS = 4  # random images taken in turn, so that no input is in the caches; never zeros, which are faster
+INPUTS = 4  # random batches taken in turn, or more of them, so that no input is in the caches; never zeros, faster
+CACHES_BYTES = 64e6  # more than the last cache of the machines at hand (32 MB of a CPU, 60 MB of an H200)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,10 @@ class Options:
             raise ValueError(
                 f"Unknown {unknown[0]!r}; engines are {', '.join(ENGINES)}, precisions {', '.join(DTYPES)}."
             )
-        if min(self.batches) < 1 or self.seconds <= 0 or self.check_images < 1:
-            raise ValueError(f"Batches, seconds and images to check must be above 0, got {self}.")
+        least = {"batch": min(self.batches), "seconds": self.seconds, "check-images": self.check_images}
+        for what, value in least.items():
+            if value <= 0:
+                raise ValueError(f"{what} must be above 0, got {value:g}.")
         if self.transfers and self.device == "cpu":
             raise ValueError("There are no transfers on a CPU; leave --transfers out, or name a GPU by --device cuda.")
         if self.device != "cpu" and not torch.cuda.is_available():
@@ -146,6 +150,7 @@ def _admit(model, gate: Gate, engine: str, precision: str, options: Options) -> 
         return None, {"status": f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     failure = accuracy.failure(precision)
     found = asdict(accuracy) | {"ready_s": time.perf_counter() - start}
+    found["checked_s"] = gate.seconds if behind is model else found["ready_s"] / options.check_images
     return (None, found | {"status": f"failed: {failure}"}) if failure else (behind, found | {"status": "measured"})
 
 
@@ -156,15 +161,20 @@ def _admit(model, gate: Gate, engine: str, precision: str, options: Options) -> 
 def _time(ready: dict, batch: int, options: Options, say: Callable) -> list[dict]:
     """Warms the variants up at this batch size, then times them in turns."""
     gpu = options.device != "cpu"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     variants, runs = {}, {}
     for key, (behind, entry) in ready.items():
         variants[key] = window(_encoding(behind, batch, options), gpu=gpu)
         runs[key] = entry | {"batch": batch, "transfers": options.transfers}
-        runs[key] |= warm_up(variants[key], seconds=options.seconds, gpu=gpu)
+        if batch == 1 and entry["checked_s"] > 5 * options.seconds:  # the gate has warmed it up, and it takes long
+            runs[key] |= {"warm_up_runs": options.check_images, "steady": False, "pace_s": entry["checked_s"]}
+        else:
+            runs[key] |= warm_up(variants[key], seconds=options.seconds, gpu=gpu)
         say(f"{entry['model']} {key[0]} {key[1]}, batch {batch}: warm after {runs[key]['warm_up_runs']} runs")
     paces = {key: run["pace_s"] for key, run in runs.items()}
     found = take_turns(variants, paces, seconds=options.seconds, gpu=gpu, seed=options.seed)
-    more = {"gpu_state": _gpu_state(), "peak_bytes": torch.cuda.max_memory_allocated()} if gpu else {}
+    more = {"gpu_state": _gpu_state(), "peak_bytes_of_all_variants": torch.cuda.max_memory_allocated()} if gpu else {}
     return [run | found[key] | more for key, run in runs.items()]
 
 
@@ -172,12 +182,13 @@ def _encoding(model, batch: int, options: Options) -> Callable[[int], Tensor]:
     """A function that encodes one of some random batches; where transfers count, from host memory and back to it."""
     generator = torch.Generator().manual_seed(options.seed)
     shape = (batch, 3, model.image_size, model.image_size)
-    inputs = [torch.randn(shape, generator=generator) for _ in range(INPUTS)]
+    count = max(INPUTS, ceil(CACHES_BYTES / (4 * prod(shape))))
+    inputs = [torch.randn(shape, generator=generator) for _ in range(count)]
     if not options.transfers:
         inputs = [images.to(model.device) for images in inputs]
-        return lambda i: model.encode(inputs[i % INPUTS])
+        return lambda i: model.encode(inputs[i % count])
     inputs = [images.pin_memory() for images in inputs]
-    return lambda i: model.encode(inputs[i % INPUTS].to(model.device, non_blocking=True)).to("cpu")
+    return lambda i: model.encode(inputs[i % count].to(model.device, non_blocking=True)).to("cpu")
 
 
 def _gpu_state() -> str | None:

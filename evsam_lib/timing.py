@@ -17,7 +17,7 @@ __all__ = ["Window", "gemm_ceiling", "take_turns", "warm_up", "window"]
 
 STEADY = 0.02  # spread of the last three windows of a warm-up that is over
 MOST_RUNS = 100  # enough for a 99th percentile
-LEAST_ROUNDS = 3  # for a median, unless one call takes longer than all should
+LEAST_ROUNDS = 5  # for a median, unless one call takes longer than all should
 
 # calls -> seconds of each, seconds of all by the host's clock, seconds of the process's CPUs
 Window = Callable[[int], tuple[list[float], float, float]]
@@ -91,7 +91,7 @@ def take_turns(
     Args:
         variants: as `window` makes them, warm.
         paces: about how long a call of each takes, seconds.
-        seconds: for each variant; one round takes place in any case, three where a round is no longer than this.
+        seconds: for each variant; one round takes place in any case, five unless a single call takes longer than this.
         gpu: a window has ten calls at least.
         seed: of the order.
 
@@ -102,7 +102,7 @@ def take_turns(
     calls = {key: max(10 if gpu else 1, min(MOST_RUNS, round(slowest / pace))) for key, pace in paces.items()}
     longest = max(paces[key] * calls[key] for key in variants)
     rounds = min(ceil(seconds / longest), ceil(MOST_RUNS / min(calls.values())))
-    rounds = rounds if longest > seconds else max(rounds, LEAST_ROUNDS)
+    rounds = rounds if slowest > seconds else max(rounds, LEAST_ROUNDS)
     order, dice = list(variants), random.Random(seed)
     found = {key: {"samples_s": [], "window_s": [], "cpu_s": []} for key in variants}
     for _ in range(rounds):

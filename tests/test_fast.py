@@ -2,12 +2,16 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from evsam_lib import load_model
+from evsam_lib import Predictor, load_model
 from evsam_lib.models.fast import FastEncoder, compiled, fused, with_encoder
+from evsam_lib.models.prompt_encoder import prompt_tokens
+from tests.plain_decoder import plain_decode
 
 
 def with_lively_norms(name: str):
@@ -69,6 +73,19 @@ def test_a_fused_peer_still_has_a_state_dict():
 def test_a_model_in_training_mode_is_refused(mini):
     with pytest.raises(ValueError, match=r"is in training mode; folding needs model\.eval\(\)"):
         fused(copy.deepcopy(mini).train())
+
+
+def test_prompts_share_the_image(mini):
+    """Products of the decoder for eight boxes: predict_batch against the textbook arrangement. A count, not a time."""
+    predictor = Predictor(mini)
+    predictor.set_image(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+    boxes = np.tile([5.0, 5.0, 60.0, 60.0], (8, 1))
+    with FlopCounterMode(display=False) as ours:
+        predictor.predict_batch(boxes=boxes, chunk=8)
+    coords, labels = prompt_tokens(boxes=mini.to_frame(boxes, predictor.original_size))
+    with torch.inference_mode(), FlopCounterMode(display=False) as textbook:
+        plain_decode(mini, predictor.features, coords, labels)
+    assert 0 < 2 * ours.get_total_flops() < textbook.get_total_flops()
 
 
 @pytest.mark.slow

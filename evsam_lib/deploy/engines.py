@@ -155,24 +155,26 @@ def _cpu() -> str:
 # ---------------------------------------------------------------- exported files
 
 
-def _exported(runner: str, model: Sam, precision: str, cache: Path) -> OnnxSam:
-    """The model's two graphs, exported if need be, in a runner named as "module:class"."""
+def _exported(runner: str, model: Sam, precision: str, cache: Path, *, typed: bool = False) -> OnnxSam:
+    """The model's two graphs, exported if need be, in a runner named as "module:class".
+
+    Where the engine is `typed`, the encoder's precision is written into its graph; else the runner chooses it.
+    """
     module, _, name = runner.partition(":")
     run = getattr(importlib.import_module(module), name)
     options = {} if precision == "fp32" else {"precision": precision}
-    folder = _onnx_folder(model, cache)
-    return OnnxSam(*(run(folder / f"{part}.onnx", **options) for part in ("encoder", "decoder")))
+    encoder = _onnx_file("encoder", model, cache, **(options if typed else {}))
+    return OnnxSam(run(encoder, **options), run(_onnx_file("decoder", model, cache), **options))
 
 
-def _onnx_folder(model: Sam, cache: Path) -> Path:
+def _onnx_file(part: str, model: Sam, cache: Path, *, precision: str = "fp32") -> Path:
     from evsam_lib.deploy.onnx import OPSET, export
 
-    folder = _folder(model, cache) / _file_name(f"onnx-opset{OPSET}-torch{torch.__version__}")
-    parts = tuple(part for part in ("encoder", "decoder") if not (folder / f"{part}.onnx").is_file())
-    if parts:
+    folder = _folder(model, cache) / _file_name(f"onnx-{precision}-opset{OPSET}-torch{torch.__version__}")
+    if not (folder / f"{part}.onnx").is_file():
         on_cpu = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
-        export(on_cpu, folder, parts=parts)
-    return folder
+        export(on_cpu, folder, parts=(part,), **({} if precision == "fp32" else {"precision": precision}))
+    return folder / f"{part}.onnx"
 
 
 def _folder(model: Sam, cache: Path) -> Path:
@@ -217,7 +219,8 @@ ENGINES: dict[str, Engine] = {
         ),
         Engine(
             "tensorrt",
-            partial(_exported, "evsam_lib.deploy.tensorrt:TensorRtGraph"),
+            partial(_exported, "evsam_lib.deploy.tensorrt:TensorRtGraph", typed=True),
+            precisions=("fp32", "fp16"),
             devices=("cuda",),
             packages=("onnx", "onnxscript", "tensorrt"),
             remedy="get it by pip install 'evsam[export]' on a machine with an NVIDIA GPU",

@@ -4,6 +4,7 @@ The official fp16 engine of one variant is fast and gives no mask at all, so a s
 Compared are the embedding and the masks of some prompts on generated scenes. Notebook 07 prints both beside each speed.
 """
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,9 @@ class Gate:
         model: eager, float32.
         images: how many scenes are looked at.
 
+    Attributes:
+        seconds: that eager float32 took for a scene.
+
     Raises:
         ValueError: the model is in another precision.
     """
@@ -66,7 +70,9 @@ class Gate:
             raise ValueError(f"Engines are held to a float32 model, {model.name} is in {model.dtype}.")
         self.scenes = [scene(0, index, size=SIZES[index % len(SIZES)]) for index in range(images)]
         self.model = model
+        start = time.perf_counter()
         self.expected = self._answers(model)
+        self.seconds = (time.perf_counter() - start) / images
 
     def __call__(self, model: Sam) -> Accuracy:
         """Args: model: the same model behind an engine, see `engines.with_engine`."""
