@@ -133,7 +133,7 @@ def bench_model(name: str, options: Options, *, say: Callable[[str], object] = l
             else:
                 ready[engine, precision] = behind, entry | more
     for batch in options.batches if ready else ():
-        runs += _time(ready, batch, options, say)
+        runs += _time(ready, batch, options, gate.seconds, say)
     conditions = _conditions(name, options, ceilings, started)
     return {"conditions": conditions, "runs": runs}
 
@@ -150,7 +150,6 @@ def _admit(model, gate: Gate, engine: str, precision: str, options: Options) -> 
         return None, {"status": f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
     failure = accuracy.failure(precision)
     found = asdict(accuracy) | {"ready_s": time.perf_counter() - start}
-    found["checked_s"] = gate.seconds if behind is model else found["ready_s"] / options.check_images
     return (None, found | {"status": f"failed: {failure}"}) if failure else (behind, found | {"status": "measured"})
 
 
@@ -158,8 +157,8 @@ def _admit(model, gate: Gate, engine: str, precision: str, options: Options) -> 
 
 
 @torch.inference_mode()
-def _time(ready: dict, batch: int, options: Options, say: Callable) -> list[dict]:
-    """Warms the variants up at this batch size, then times them in turns."""
+def _time(ready: dict, batch: int, options: Options, gate_s: float, say: Callable) -> list[dict]:
+    """Warms the variants up at this batch size, then times them in turns; the gate took `gate_s` for an image."""
     gpu = options.device != "cpu"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -167,8 +166,8 @@ def _time(ready: dict, batch: int, options: Options, say: Callable) -> list[dict
     for key, (behind, entry) in ready.items():
         variants[key] = window(_encoding(behind, batch, options), gpu=gpu)
         runs[key] = entry | {"batch": batch, "transfers": options.transfers}
-        if batch == 1 and entry["checked_s"] > 5 * options.seconds:  # the gate has warmed it up, and it takes long
-            runs[key] |= {"warm_up_runs": options.check_images, "steady": False, "pace_s": entry["checked_s"]}
+        if batch == 1 and gate_s > 5 * options.seconds:  # a giant, which the gate has warmed up
+            runs[key] |= {"warm_up_runs": options.check_images, "steady": False, "pace_s": gate_s}
         else:
             runs[key] |= warm_up(variants[key], seconds=options.seconds, gpu=gpu)
         say(f"{entry['model']} {key[0]} {key[1]}, batch {batch}: warm after {runs[key]['warm_up_runs']} runs")

@@ -184,9 +184,9 @@ def _folder(model: Sam, cache: Path) -> Path:
 
 @once
 def _source() -> str:
-    """Digest of the code that decides what a file holds: the models, and what is exported of them."""
+    """Digest of the code that decides what a file holds."""
     package = Path(evsam_lib.__file__).parent
-    files = [*sorted(package.glob("models/*.py")), package / "deploy/graphs.py", package / "deploy/onnx.py"]
+    files = sorted([*package.glob("models/*.py"), *package.glob("deploy/*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
