@@ -147,7 +147,9 @@ def _admit(model, gate: Gate, engine: str, precision: str, options: Options) -> 
     except (ModuleNotFoundError, ValueError) as error:
         return None, {"status": f"not run: {error}"}
     except Exception as error:  # a compiler's; the other engines go on
-        return None, {"status": f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        return None, {
+            "status": f"failed: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        }
     failure = accuracy.failure(precision)
     found = asdict(accuracy) | {"ready_s": time.perf_counter() - start}
     return (None, found | {"status": f"failed: {failure}"}) if failure else (behind, found | {"status": "measured"})
@@ -162,19 +164,26 @@ def _time(ready: dict, batch: int, options: Options, gate_s: float, say: Callabl
     gpu = options.device != "cpu"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    variants, runs = {}, {}
+    variants, runs, too_large = {}, {}, []
     for key, (behind, entry) in ready.items():
-        variants[key] = window(_encoding(behind, batch, options), gpu=gpu)
         runs[key] = entry | {"batch": batch, "transfers": options.transfers}
-        if batch == 1 and gate_s > 5 * options.seconds:  # a giant, which the gate has warmed up
-            runs[key] |= {"warm_up_runs": options.check_images, "steady": False, "pace_s": gate_s}
-        else:
-            runs[key] |= warm_up(variants[key], seconds=options.seconds, gpu=gpu)
+        try:
+            variants[key] = window(_encoding(behind, batch, options), gpu=gpu)
+            if batch == 1 and gate_s > 5 * options.seconds:  # a giant, which the gate has warmed up
+                runs[key] |= {"warm_up_runs": options.check_images, "steady": False, "pace_s": gate_s}
+            else:
+                runs[key] |= warm_up(variants[key], seconds=options.seconds, gpu=gpu)
+        except torch.OutOfMemoryError:
+            too_large.append(runs.pop(key) | {"status": "failed: out of memory"})
+            variants.pop(key, None)
+            continue
         say(f"{entry['model']} {key[0]} {key[1]}, batch {batch}: warm after {runs[key]['warm_up_runs']} runs")
+    if not runs:
+        return too_large
     paces = {key: run["pace_s"] for key, run in runs.items()}
     found = take_turns(variants, paces, seconds=options.seconds, gpu=gpu, seed=options.seed)
     more = {"gpu_state": _gpu_state(), "peak_bytes_of_all_variants": torch.cuda.max_memory_allocated()} if gpu else {}
-    return [run | found[key] | more for key, run in runs.items()]
+    return [run | found[key] | more for key, run in runs.items()] + too_large
 
 
 def _encoding(model, batch: int, options: Options) -> Callable[[int], Tensor]:

@@ -152,6 +152,23 @@ class TestCommand:
         assert json.loads((folder / "efficientvit-sam-mini.json").read_text()) == kept
 
 
+def test_what_does_not_fit_is_said_and_the_others_go_on():
+    class Large:
+        image_size, device = 32, torch.device("cpu")
+
+        def encode(self, images):
+            raise torch.OutOfMemoryError("no room")
+
+    class Small(Large):
+        def encode(self, images):
+            return images
+
+    ready = {("fused", "fp32"): (Large(), {"model": "m"}), ("eager", "fp32"): (Small(), {"model": "m"})}
+    fits, large = bench._time(ready, 256, Options(seconds=0.001), 0.0, lambda line: None)
+    assert large["status"] == "failed: out of memory" and "samples_s" not in large
+    assert len(fits["samples_s"]) >= 5
+
+
 class _Doubled(torch.nn.Module):
     def __init__(self, encoder):
         super().__init__()
