@@ -11,6 +11,7 @@ import pytest
 
 from evsam_lib.data import write
 from evsam_lib.data.categories import coco_categories
+from evsam_lib.data.cells import cells
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.generate import MIN_PIXELS, Scene, scene
 from evsam_lib.data.sa1b import Sa1bFolder
@@ -293,3 +294,30 @@ def test_real_data_are_never_overwritten(tmp_path):
 def test_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"at least 1 .* got 0"):
         write_sa1b(tmp_path / "sa", 0, seed=0, size=SIZE)
+
+
+def test_cells_are_a_pure_function_with_disjoint_masks():
+    one, again, other = (cells(seed, 3, size=(64, 96)) for seed in (1, 1, 2))
+    assert one.image.tobytes() == again.image.tobytes() != other.image.tobytes()
+    assert one.image.shape == (64, 96, 3)
+    assert (one.masks.sum(axis=0) <= 1).all()
+    assert (one.masks.sum(axis=(1, 2)) >= MIN_PIXELS).all()
+    assert (one.parents == -1).all()
+    with pytest.raises(ValueError, match="sides from 32, got 0, 0, 16 x 96"):
+        cells(0, 0, size=(16, 96))
+
+
+def test_cells_differ_little_from_what_lies_around_them():
+    made = cells(0, 0, size=(240, 320))
+    inside = made.masks.any(axis=0)
+    assert abs(float(made.image[inside].mean()) - float(made.image[~inside].mean())) < 25  # of 255 grey levels
+    assert 0.02 < inside.mean() < 0.5
+
+
+def test_cells_in_coco_form(tmp_path):
+    _, annotations = write_coco(tmp_path / "cells", 2, seed=1, size=(64, 96), look="cells")
+    content = json.loads(annotations.read_text())
+    assert [category["name"] for category in content["categories"]] == ["cell"]
+    assert {annotation["category_id"] for annotation in content["annotations"]} == {1}
+    with pytest.raises(ValueError, match="look must be one of scenes, cells"):
+        write_coco(tmp_path / "other", 2, seed=1, size=(64, 96), look="stars")
