@@ -84,7 +84,7 @@ def test_image_student_comes_nearer(pair, images, tmp_path):
     before = training.trunk_cosine(student, teacher, images)
     targets = training.teacher_maps(teacher, images)
     assert targets.nbytes == 4 * 64 * 64 * 2  # images, cells, channels, bytes
-    options = {"steps": 6, "batch_size": 4, "lr": 3e-3, "seed": 0, "log_csv": tmp_path / "log.csv"}
+    options = {"steps": 6, "batch_size": 4, "lr": 3e-3, "seed": 0, "out": tmp_path / "run"}
     log = training.distil_image(student, teacher, images, targets=targets, **options)
     assert log.loss.iloc[-1] < log.loss.iloc[0]
     assert training.trunk_cosine(student, teacher, images) > before
@@ -104,7 +104,7 @@ def test_online_and_cached_teachers_agree_and_the_official_loss_hides_the_cosine
         student = load_sam3("ES-EV-S", scale="mini", image_size=112)
         ways = ["loss", "frame"] if name == "official" else []
         targets = training.teacher_maps(teacher, images) if name == "cached" else None
-        options = {"steps": 2, "batch_size": 2, "lr": 1e-3, "seed": 0, "log_csv": tmp_path / f"{name}.csv"}
+        options = {"steps": 2, "batch_size": 2, "lr": 1e-3, "seed": 0, "out": tmp_path / name}
         logs[name] = training.distil_image(student, teacher, images, targets=targets, official=ways, **options)
     assert logs["cached"].loss.iloc[0] == pytest.approx(logs["online"].loss.iloc[0], rel=1e-3)  # half precision
     share = {name: log.l2.iloc[0] / log.loss.iloc[0] for name, log in logs.items()}
@@ -118,8 +118,8 @@ def test_text_student_comes_nearer(pair, tmp_path):
     student, teacher = pair
     phrases = ["red striped disc", "blue square", "green dotted ring", "small yellow star"]
     options = {"steps": 8, "batch_size": 4, "lr": 3e-3, "seed": 0}
-    log = training.distil_text(student, teacher, phrases, log_csv=tmp_path / "log.csv", **options)
+    log = training.distil_text(student, teacher, phrases, out=tmp_path / "run", **options)
     assert log.cosine.iloc[-1] > log.cosine.iloc[0] and log.l2.iloc[-1] < log.l2.iloc[0]
     assert (log.consistency > 0).all()
     with pytest.raises(ValueError, match="takes 23 tokens, this model has room for 16"):
-        training.distil_text(student, teacher, ["very " * 20 + "long"], log_csv=tmp_path / "l.csv", **options)
+        training.distil_text(student, teacher, ["very " * 20 + "long"], out=tmp_path / "other", **options)

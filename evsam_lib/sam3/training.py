@@ -7,18 +7,21 @@ turns each back. Teacher and student see the same pixels. Not rebuilt: the decay
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.tokens import tokenize
-from evsam_lib.training.loop import STEP, cosine, epoch_positions, fit, generator_for
+from evsam_lib.training.batches import Batches
+from evsam_lib.training.loop import Objective, cosine, fit
+from evsam_lib.training.settings import Settings
 
 __all__ = [
     "adopt_heads", "distil_image", "distil_text", "image_loss", "teacher_maps", "text_loss", "training_frame",
@@ -156,7 +159,7 @@ def distil_image(
     batch_size: int,
     lr: float,
     seed: int,
-    log_csv: str | Path,
+    out: str | Path,
     targets: Tensor | None = None,
     cosine_weight: float = 1.0,
     weight_decay: float = 0.01,
@@ -175,7 +178,7 @@ def distil_image(
         batch_size: images a step.
         lr: the highest learning rate.
         seed: of the order.
-        log_csv: of the log.
+        out: folder of logs and checkpoints.
         targets: of `teacher_maps`, made with the same frames; None asks the teacher at every step.
         cosine_weight: see `image_loss`.
         weight_decay: of weights; 0.01 in the official code.
@@ -185,7 +188,7 @@ def distil_image(
         official: which of the official code's ways to take: "loss" (see `image_loss`), "frame" (see `training_frame`).
 
     Returns:
-        The log: step, loss, l2, cosine, lr, seconds.
+        The log, see `training.loop.read_log`: step, loss, l2, cosine, lr, seconds and more.
 
     Raises:
         ValueError: an unknown way, or targets for other images.
@@ -197,33 +200,18 @@ def distil_image(
         raise ValueError(
             f"{len(targets)} targets for {len(images)} images; make them by teacher_maps(teacher, images)."
         )
-    trunk, side, device = student.detector_model.vision_encoder.backbone, student.config.image_size, student.device
-    teacher_trunk = teacher.detector_model.vision_encoder.backbone
+    side, padded = student.config.image_size, "frame" in official
+    trunk, theirs = (model.detector_model.vision_encoder.backbone for model in (student, teacher))
 
-    def make_batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
-        chosen = [i for _, i in epoch_positions(seed, step, batch_size=batch_size, count=len(images))]
-        frames, valid = zip(
-            *(training_frame(images[i], side, official="frame" in official) for i in chosen), strict=True
-        )
-        return torch.stack(frames), torch.stack(valid).flatten(1), torch.tensor(chosen)
+    def make(record: _Record, generator: torch.Generator) -> tuple[Tensor, ...]:
+        known = () if targets is None else (targets[record.image_id],)
+        return torch.tensor(record.image_id), *training_frame(record.value, side, official=padded), *known
 
-    def loss_of(batch, step: int) -> dict[str, Tensor]:
-        frames, valid, chosen = (x.to(device) for x in batch)
-        with torch.no_grad():
-            known = None if targets is None else targets[chosen.cpu()].to(device)
-            wanted = teacher_trunk(frames).last_hidden_state if known is None else known
-        seen = trunk(frames).last_hidden_state
-        return image_loss(seen, wanted, valid, cosine_weight=cosine_weight, official="loss" in official)
-
-    trunk.train()
-    settings = {"stage": "image", "batch_size": batch_size, "seed": seed, "official": sorted(official)}
-    log = fit(
-        trunk, make_batch, loss_of=loss_of, steps=steps, lr=lr, images_per_step=batch_size, settings=settings,
-        log_csv=log_csv, weight_decay=weight_decay, clip_norm=clip_norm,
-        schedule=partial(warm_cosine, warmup=warmup_steps, floor=lr_floor),
-    )  # fmt: skip
-    trunk.eval()
-    return log
+    objective = _ImageObjective(trunk, theirs, cosine_weight=cosine_weight, official="loss" in official)
+    objective.clip_norm, objective.warmup, objective.floor = clip_norm, warmup_steps, lr_floor
+    settings = Settings(seed=seed, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, hflip=0.0)
+    record = {"stage": "image", "official": sorted(official), "cosine_weight": cosine_weight, "clip_norm": clip_norm}
+    return fit(objective, Batches(_records(images), make, _stacked), settings, out=out, record=record)
 
 
 @torch.inference_mode()
@@ -244,7 +232,7 @@ def distil_text(
     batch_size: int,
     lr: float,
     seed: int,
-    log_csv: str | Path,
+    out: str | Path,
     consistency_weight: float = 0.1,
     weight_decay: float = 0.05,
     warmup_steps: int = 0,
@@ -262,7 +250,7 @@ def distil_text(
         batch_size: phrases a step.
         lr: the highest learning rate.
         seed: of order and of shuffled words.
-        log_csv: of the log.
+        out: folder of logs and checkpoints.
         consistency_weight: see `text_loss`.
         weight_decay: of weights; 0.05 in the official code.
         warmup_steps: over which the learning rate rises; 10 epochs in the official code.
@@ -271,44 +259,106 @@ def distil_text(
         official: see `text_loss`.
 
     Returns:
-        The log: step, loss, l2, cosine, consistency, lr, seconds.
+        The log, see `training.loop.read_log`: step, loss, l2, cosine, consistency, lr, seconds and more.
 
     Raises:
         ValueError: a phrase that is empty or too long.
         FloatingPointError: the loss is not finite.
     """
-    detector, device = student.detector_model, student.device
+    detector = student.detector_model
     context = detector.config.text_config.max_position_embeddings
     wide = teacher.detector_model.config.text_config.max_position_embeddings
     length = min(context, wide)
     tokenize(list(phrases), length)  # every phrase, before the first step
 
-    def make_batch(step: int) -> list[Tensor]:
-        chosen = [phrases[i] for _, i in epoch_positions(seed, step, batch_size=batch_size, count=len(phrases))]
-        generator = generator_for(seed, STEP, step)
-        mixed = [
-            " ".join(words[i] for i in torch.randperm(len(words), generator=generator))
-            for words in (phrase.split() for phrase in chosen)
-        ]
-        return [*tokenize(chosen, wide), tokenize(chosen, context)[0], tokenize(mixed, context)[0]]
+    def make(record: _Record, generator: torch.Generator) -> tuple[Tensor, ...]:
+        words = record.value.split()
+        mixed = " ".join(words[i] for i in torch.randperm(len(words), generator=generator))
+        ids = (tokenize([text], context)[0][0] for text in (record.value, mixed))
+        return torch.tensor(record.image_id), *(x[0] for x in tokenize([record.value], wide)), *ids
 
-    def loss_of(batch, step: int) -> dict[str, Tensor]:
-        teacher_ids, mask, ids, mixed = (x.to(device) for x in batch)
+    weights = {"consistency_weight": consistency_weight, "official": official}
+    objective = _TextObjective(detector, teacher.detector_model, length, weights)
+    objective.clip_norm, objective.warmup, objective.floor = clip_norm, warmup_steps, lr_floor
+    settings = Settings(seed=seed, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, hflip=0.0)
+    record = {"stage": "text", "clip_norm": clip_norm, **weights}
+    return fit(objective, Batches(_records(phrases), make, _stacked), settings, out=out, record=record)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """An image or a phrase, and its place."""
+
+    image_id: int
+    value: Any
+
+
+def _records(values: Sequence) -> list[_Record]:
+    return [_Record(i, value) for i, value in enumerate(values)]
+
+
+def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
+
+
+class _Stage1(Objective):
+    """What both students share: batches that are tuples, places first, and the schedule."""
+
+    warmup: int = 0
+    floor: float = 0.0
+
+    def rate(self, step: int, steps: int) -> float:
+        return warm_cosine(step, steps, warmup=self.warmup, floor=self.floor)
+
+    def prepare(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        places, *rest = batch
         with torch.no_grad():
-            wanted = teacher.detector_model.get_text_features(teacher_ids, attention_mask=mask).pooler_output
-        seen, other = (detector.get_text_features(x).pooler_output[:, :length] for x in (ids, mixed))
-        weights = {"consistency_weight": consistency_weight, "official": official}
-        return text_loss(seen, wanted[:, :length], mask[:, :length].bool(), other, **weights)
+            found = places, *self.with_target(*(x.to(self.clock.device) for x in rest))
+        self.clock.mark("teacher")
+        return found
 
-    modules = (detector.text_encoder, detector.text_projection)
-    for module in modules:
-        module.train()
-    settings = {"stage": "text", "batch_size": batch_size, "seed": seed, "official": official}
-    log = fit(
-        detector, make_batch, loss_of=loss_of, steps=steps, lr=lr, images_per_step=batch_size, settings=settings,
-        log_csv=log_csv, trained="text_", weight_decay=weight_decay, clip_norm=clip_norm,
-        schedule=partial(warm_cosine, warmup=warmup_steps, floor=lr_floor),
-    )  # fmt: skip
-    for module in modules:
-        module.eval()
-    return log
+    def image_ids(self, batch: tuple[Tensor, ...]) -> list[int]:
+        return batch[0].tolist()
+
+
+class _ImageObjective(_Stage1):
+    columns = ("loss", "l2", "cosine")
+
+    def __init__(self, trunk: nn.Module, teacher: nn.Module, **weights) -> None:
+        super().__init__(trunk)
+        self._teacher, self.weights = (teacher,), weights  # in a tuple it is no part of this module
+
+    def with_target(self, frames: Tensor, valid: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
+        wanted = self._teacher[0](frames).last_hidden_state if known is None else known
+        return frames, valid.flatten(1), wanted
+
+    def forward(self, batch: tuple[Tensor, ...], step: int, part: int) -> dict[str, Tensor]:
+        _, frames, valid, wanted = batch
+        seen = self.model(frames).last_hidden_state
+        self.clock.mark("student")
+        return image_loss(seen, wanted, valid, **self.weights) | {"weight": valid.sum().float()}
+
+
+class _TextObjective(_Stage1):
+    columns = ("loss", "l2", "cosine", "consistency")
+    trained = ("text_",)
+
+    def __init__(self, detector: nn.Module, teacher: nn.Module, length: int, weights: dict[str, Any]) -> None:
+        super().__init__(detector)
+        self._teacher, self.length, self.weights = (teacher,), length, weights
+
+    def train_mode(self) -> None:
+        self.model.eval()
+        self.model.text_encoder.train()
+        self.model.text_projection.train()
+
+    def with_target(self, ids: Tensor, mask: Tensor, own: Tensor, mixed: Tensor) -> tuple[Tensor, ...]:
+        wanted = self._teacher[0].get_text_features(ids, attention_mask=mask).pooler_output[:, : self.length]
+        return own, mixed, mask[:, : self.length].bool(), wanted
+
+    def forward(self, batch: tuple[Tensor, ...], step: int, part: int) -> dict[str, Tensor]:
+        _, own, mixed, mask, wanted = batch
+        seen, other = (self.model.get_text_features(x).pooler_output[:, : self.length] for x in (own, mixed))
+        self.clock.mark("student")
+        weight = torch.tensor(float(len(own)), device=seen.device)
+        return text_loss(seen, wanted, mask, other, **self.weights) | {"weight": weight}

@@ -41,6 +41,7 @@ class Objective(nn.Module):
         columns: names of the logged numbers, "loss" first.
         trained: beginnings of the names of the parameters that learn; those of all if empty.
         clip_value: largest absolute value of a gradient entry, None for no clipping.
+        clip_norm: largest norm of all gradients together, None for no clipping.
         last_part: which part of the step (see `Clock`) the end of the backward pass belongs to.
         clock: takes the time of the step's parts.
     """
@@ -48,6 +49,7 @@ class Objective(nn.Module):
     columns: tuple[str, ...] = ("loss",)
     trained: tuple[str, ...] = ()
     clip_value: float | None = None
+    clip_norm: float | None = None
     last_part: str = "student"
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,6 +74,10 @@ class Objective(nn.Module):
             part: number of this pass among all of the step, over all processes.
         """
         raise NotImplementedError
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor of the learning rate at a step, 0-based."""
+        return cosine(step, steps)
 
     def image_ids(self, batch: Any) -> list[int]:
         """Of the images of a batch."""
@@ -241,7 +247,7 @@ def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str,
     objective, settings, ranks = run.objective, run.settings, run.ranks
     clock, ids, sums = objective.clock, [], 0
     for group in run.optimizer.param_groups:
-        group["lr"] = settings.lr * cosine(step, settings.steps)
+        group["lr"] = settings.lr * objective.rate(step, settings.steps)
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(passes):
         batch = next(stream)
@@ -265,6 +271,8 @@ def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str,
     _stop_unless_finite(row, ids, ranks)
     if objective.clip_value is not None:
         nn.utils.clip_grad_value_([parameter for _, parameter in run.named], objective.clip_value)
+    if objective.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_([parameter for _, parameter in run.named], objective.clip_norm, norm)
     run.optimizer.step()
     if run.ema is not None:
         average = [run.ema[name] for name, _ in run.named]
