@@ -208,6 +208,7 @@ class Record:
     annotations: list = field(default_factory=list)
     height: int = 20
     width: int = 30
+    path: Path | None = None
 
 
 class Album(list):
@@ -219,6 +220,9 @@ class Album(list):
         super().__init__(records)
         self.images_dir, self.annotations_json = folder / "val2017", folder / "annotations.json"
         self.annotations_json.write_text("{}")
+        for record in records:
+            record.path = folder / "blank.png"
+        Image.fromarray(IMAGE).save(folder / "blank.png")
 
     def read(self, record):
         return IMAGE
@@ -292,11 +296,10 @@ def test_points_report_every_click_count(album):
     assert one["mIoU"] == summary["mIoU_after_click"]["1"]
 
 
-def test_nothing_to_evaluate_is_not_an_error(album):
+def test_nothing_to_evaluate_is_said(album):
     del album[0], album[-1]
-    result = ev.evaluate(NoModel(), album, prompt="points", clicks=2)
-    assert result["objects"] == [] and set(result["summary"]["mIoU"].values()) == {None}
-    assert "-" in ev.format_table(result["summary"])
+    with pytest.raises(ValueError, match="has no object to score"):
+        ev.evaluate(NoModel(), album, prompt="points", clicks=2)
 
 
 def test_generated_data_are_marked(album):

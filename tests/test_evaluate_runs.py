@@ -49,6 +49,7 @@ class Boxes:
     """Stands in for `evsam_lib.data.detections.Detections`, as far as evaluation knows it."""
 
     def __init__(self, json_path, images, *, min_score=0.0, max_per_image=None):
+        self.path = Path(json_path)
         self.by_image: dict[int, list[dict]] = {}
         self.skipped = {"unknown image": 0}
         for detection in json.loads(Path(json_path).read_text()):
@@ -88,10 +89,8 @@ def comparable(result: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def detected(model, images, detections, detections_file) -> dict:
-    return ev.evaluate(
-        model, images, prompt="detector-box", detections=detections, detections_file=detections_file, batch=2
-    )
+def detected(model, images, detections) -> dict:
+    return ev.evaluate(model, images, prompt="detector-box", detections=detections, batch=2)
 
 
 def test_detector_boxes_score_as_the_official_loop_written_out(detected, model, images, detections, data):

@@ -64,7 +64,6 @@ def _run(options: argparse.Namespace) -> int:
         shard=shard,
         resume=options.resume,
         weights=weights_path(options.model, weights),
-        detections_file=options.detections,
         progress=sys.stderr.isatty(),
     )
     files = [parts.part_path(options.out, (number, shard[1])) for number in range(1, shard[1] + 1)]

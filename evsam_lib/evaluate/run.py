@@ -51,7 +51,6 @@ def evaluate(
     shard: tuple[int, int] = (1, 1),
     resume: bool = False,
     weights: str | Path | None = None,
-    detections_file: str | Path | None = None,
     progress: bool = False,
 ) -> dict | None:
     """Measures a model on images with annotations.
@@ -63,7 +62,7 @@ def evaluate(
             "detector-box", the boxes of `detections`, all of them, whatever their score.
         clicks: number of clicks; "points" only.
         detections: "detector-box" only: `by_image[image_id]`, lists of {"image_id", "category_id", "bbox", "score"},
-            boxes XYWH, as `evsam_lib.data.detections` reads them.
+            boxes XYWH, as `evsam_lib.data.detections` reads them; the file at its `path` is noted.
         dataset: whose AP detector boxes are scored by: "coco", "lvis", or "sginw", which is COCO's, set by set.
         limit: stop after this many images: for annotations those that have objects, for detections any; in the order
             of the annotation file.
@@ -86,7 +85,6 @@ def evaluate(
         resume: go on with the part file that an earlier run with the same settings left; a run that several
             processes have finished is taken as it is.
         weights: file the model was read from, for the summary.
-        detections_file: file the detections were read from, for the summary.
         progress: show a progress bar.
 
     Returns:
@@ -122,7 +120,7 @@ def evaluate(
     settings = {"prompt": prompt, "clicks": clicks if prompt == "points" else None, "dataset": dataset}
     noted = Counter(getattr(images, "noted", {})) + Counter(getattr(detections, "noted", {}))
     settings |= plan.counts | {"skipped": dict(sorted(skipped.items())), "noted": dict(noted), "rules": rules}
-    settings |= {"batch": batch or (1 if on_cpu else 16)} | _provenance(model, images, weights, detections_file)
+    settings |= {"batch": batch or (1 if on_cpu else 16)} | _provenance(model, images, weights, detections)
     header = {"jobs": len(plan.jobs), "shard": list(shard), "image_ids": plan.image_ids, "twice": plan.twice}
     header |= {"settings": settings}
     predictor = BatchPredictor(model, choose=choose, refine=refine)
@@ -245,10 +243,10 @@ def _default(dataset: str) -> str:
     return (scores.LVIS_EVALUATORS if dataset == "lvis" else scores.COCO_EVALUATORS)[0]
 
 
-def _provenance(model: Sam, images: CocoImages, weights: str | Path | None, detections: str | Path | None) -> dict:
-    files = {"weights": weights, "annotations": images.annotations_json, "detections_file": detections}
-    if detections is None:
-        del files["detections_file"]
+def _provenance(model: Sam, images: CocoImages, weights: str | Path | None, detections) -> dict:
+    files = {"weights": weights, "annotations": images.annotations_json}
+    if detections is not None:
+        files["detections_file"] = getattr(detections, "path", None)
     found = {"model": model.name, "images_dir": str(images.images_dir)}
     for name, path in files.items():
         found |= {name: None if path is None else str(path)}
