@@ -26,6 +26,8 @@ PACKAGES = {
 class Profile:
     """Lengths an engine is built for: (least, the one it is tuned for, most).
 
+    The decoder needs memory for the most: about 8 MB for each prompt of each image at the official sizes.
+
     Attributes:
         batch: images.
         prompts: of an image.
@@ -35,7 +37,7 @@ class Profile:
     """
 
     batch: tuple[int, int, int] = (1, 1, 8)
-    prompts: tuple[int, int, int] = (1, 1, 64)
+    prompts: tuple[int, int, int] = (1, 1, 16)
     points: tuple[int, int, int] = (1, 2, 8)
     height: tuple[int, int, int] = (32, 480, 2048)
     width: tuple[int, int, int] = (32, 640, 2048)

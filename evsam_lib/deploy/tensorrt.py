@@ -1,6 +1,6 @@
 """TensorRT: exported graphs built into engine files, and run on torch's tensors and streams.
 
-    python -m evsam_lib.deploy.tensorrt build DIR [--batch 1,8,32] [--prompts 1,16,64] [--package tensorrt_rtx]
+    python -m evsam_lib.deploy.tensorrt build DIR [--batch 1,8,16] [--prompts 1,4,16] [--package tensorrt_rtx]
 
 Networks are strongly typed: the precision is what the ONNX file says (`onnx export --precision fp16`), so the same file
 serves TensorRT 10.12 and later and 11, which knows no other way. `tensorrt` and `tensorrt_rtx` build and run,
@@ -96,7 +96,10 @@ def build(
         config.set_timing_cache(timings, False)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise RuntimeError(f"{package} {trt.__version__} built no engine of {path}; its log above says why.")
+        raise RuntimeError(
+            f"{package} {trt.__version__} built no engine of {path}; its log above says why. If memory ran out, allow "
+            f"more than {workspace_gb:g} GB by --workspace-gb, or build for less by --batch and --prompts."
+        )
     if not capability:
         _replace(cache, bytes(config.get_timing_cache().serialize()))
     _replace(plan, bytes(engine))
