@@ -118,13 +118,14 @@ class LiteMLA(nn.Module):
             ]
         )
         self.proj = ConvNorm(2 * width, width, 1)
+        self.attention = relu_linear_attention  # of q, k, v; notebook 15 tries another
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         qkv = self.qkv(x)
         qkv = torch.cat([qkv, self.aggreg[0](qkv)], dim=1)  # (B, 6 C, H, W), each head's q, k, v side by side
         heads = qkv.reshape(qkv.shape[0], -1, 3 * HEAD_DIM, height * width)  # (B, 2 heads, 96, H W)
-        out = relu_linear_attention(*heads.split(HEAD_DIM, dim=2))  # (B, 2 heads, 32, H W)
+        out = self.attention(*heads.split(HEAD_DIM, dim=2))  # (B, 2 heads, 32, H W)
         return self.proj(out.reshape(qkv.shape[0], -1, height, width))
 
 
