@@ -263,8 +263,15 @@ class TestNotebook14:
         page.page.set_input_files(".evsam input[type=file]", tmp_path / "no.png")
         page.told("cannot be read")
         page.shot("6_error")
-        page.page.locator(".evsam select").nth(1).select_option("Coffee")
+        page.page.locator(".evsam select[aria-label=Picture]").select_option("Coffee")
         page.told("Coffee, 600 x 400")
+
+    def test_another_engine(self, page):
+        page.page.locator(".evsam select[aria-label=Engine]").select_option("fused")
+        page.told("in fused: compare the two times")
+        assert page.kernel("", "widget.engine") == "fused"
+        page.page.locator(".evsam select[aria-label=Engine]").select_option("eager")
+        page.told("in eager: compare")
 
     def test_help_zoom_and_keyboard_alone(self, page):
         page.page.locator(".evsam").focus()

@@ -304,6 +304,7 @@ class TestWidget:
             ({"do": "hover", "x": -1, "y": 0}, "outside"),
             ({"do": "point", "x": None, "y": 1, "label": 1}, "did not work"),
             ({"do": "model", "name": "efficientvit-sam-xxl"}, "no weights"),
+            ({"do": "engine", "name": "warp"}, "no engine 'warp' here; there are eager, fused"),
             ({"do": "sample", "name": "Moon"}, "no sample"),
             ({"do": "export", "suffix": ".gif"}, "Exports are"),
             ({"do": "dance"}, "Not understood"),
@@ -318,6 +319,22 @@ class TestWidget:
         assert widget.masks == masks and widget.scene == scene_before
         assert capsys.readouterr() == ("", "")
         assert not told(widget, do="point", x=31, y=41, label=1)["error"]  # life goes on
+
+    def test_another_engine_gives_the_same_masks_and_stays_with_another_model(self, widget):
+        told(widget, do="point", x=30, y=40, label=1)
+        before = widget.segmenter.masks()
+        assert widget.scene["engines"][:2] == ["eager", "fused"]
+        assert not {"compile", "aoti"} & {*widget.scene["engines"]}
+        assert "in fused" in told(widget, do="engine", name="fused")["text"]
+        assert widget.scene["engine"] == "fused" and (widget.segmenter.masks() == before).mean() > 0.999
+        told(widget, do="model", name="sam-vit-mini")
+        assert widget.scene["engine"] == "fused" and widget.segmenter.model.name == "sam-vit-mini"
+        told(widget, do="model", name="efficientvit-sam-mini")
+        fused = widget.segmenter.model
+        told(widget, do="engine", name="eager")
+        assert (widget.segmenter.masks() == before).all()
+        told(widget, do="engine", name="fused")
+        assert widget.segmenter.model is fused  # prepared once
 
     def test_the_picture_travels_once_and_masks_are_small(self, widget):
         sent = []

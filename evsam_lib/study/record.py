@@ -76,6 +76,7 @@ def begin(
     recover(folder)
     shutil.rmtree(work_folder(folder, "files"), ignore_errors=True)
     os.environ["EVSAM_WEIGHTS_ROOT"] = str(resolve(weights_root))  # where `load_model` looks for released checkpoints
+    os.environ.setdefault("EVSAM_ENGINES_ROOT", str(resolve("engines")))  # what engines export stays beside the study
     return Study(
         name=name,
         profile=profile,

@@ -6,6 +6,7 @@ listens, the widget shows itself as a plain picture. Explained in notebook 14.
 """
 
 import base64
+import importlib.util
 import io
 import os
 from functools import lru_cache
@@ -18,6 +19,7 @@ import traitlets
 from matplotlib.figure import Figure
 from PIL import Image
 
+from evsam_lib.deploy.engines import ENGINES, with_engine
 from evsam_lib.models.sam import Sam
 from evsam_lib.models.weights import SHIPPED, weights_root
 from evsam_lib.models.zoo import ZOO, load_model
@@ -25,9 +27,10 @@ from evsam_lib.widgets.pictures import SAMPLES, jpeg, mask_png, sample
 from evsam_lib.widgets.segmenter import SUFFIXES, Segmenter
 from evsam_lib.widgets.state import Item
 
-__all__ = ["PromptWidget", "model_choices"]
+__all__ = ["PromptWidget", "engine_choices", "model_choices"]
 
 STATIC = Path(__file__).parent / "static"
+SLOW_TO_START = ("compile", "aoti")  # they compile for minutes, which nobody who clicks would wait for
 THUMB = 256  # longest side at which the small pictures of the three masks are made, pixels
 
 
@@ -38,10 +41,27 @@ def model_choices() -> dict[str, str]:
     return {name: weights for name, weights in (shipped | here).items() if name in ZOO}
 
 
+def engine_choices(device: str = "cpu") -> list[str]:
+    """Engines that run on this device with the packages there are, and start within seconds."""
+    kind = device.partition(":")[0]
+    return [
+        name
+        for name, engine in ENGINES.items()
+        if name not in SLOW_TO_START
+        and kind in engine.devices
+        and all(importlib.util.find_spec(package) for package in engine.packages)
+    ]
+
+
 @lru_cache(maxsize=2)
 def _loaded(name: str, weights: str, device: str) -> Sam:
     """Two widgets on one model share it; it has no state."""
     return load_model(name, weights, device)
+
+
+@lru_cache(maxsize=4)
+def _behind(model: Sam, engine: str) -> Any:
+    return with_engine(model, engine)
 
 
 class PromptWidget(anywidget.AnyWidget):
@@ -51,6 +71,7 @@ class PromptWidget(anywidget.AnyWidget):
         model: a model, or the name of one of `model_choices()`.
         image: anything `Segmenter.set_image` takes, or the name of a sample; None starts with an empty canvas.
         device: of models that are loaded by name.
+        engine: one of `engine_choices(device)`.
 
     Attributes:
         segmenter: all that was done, and the masks: `widget.segmenter.masks()`.
@@ -79,13 +100,15 @@ class PromptWidget(anywidget.AnyWidget):
         image: np.ndarray | Image.Image | str | Path | bytes | None = "Coins",
         *,
         device: str = "cpu",
+        engine: str = "eager",
     ):
-        self.device = device
+        self.device, self.engine = device, engine
         self.error: Exception | None = None
         self._files: dict[str, list[bytes]] = {}  # uploads on their way
         self._pngs: dict[tuple, bytes] = {}
         self._choices = model_choices()
-        self.segmenter = Segmenter(self._model(model) if isinstance(model, str) else model)
+        self._base = self._model(model) if isinstance(model, str) else model  # as it is, before any engine
+        self.segmenter = Segmenter(_behind(self._base, engine))
         super().__init__()
         if image is not None:
             self._set_image(image)
@@ -141,6 +164,8 @@ class PromptWidget(anywidget.AnyWidget):
                 return f"The last mask is {'given to the model with the next click' if on else 'not fed back'}."
             case {"do": "model", "name": name}:
                 return self._change_model(name)
+            case {"do": "engine", "name": name}:
+                return self._change_engine(name)
             case {"do": "sample", "name": name}:
                 return self._set_image(sample(name), name)
             case {"do": "upload", "name": name, "part": part, "parts": parts}:
@@ -171,8 +196,18 @@ class PromptWidget(anywidget.AnyWidget):
 
     def _change_model(self, name: str) -> str:
         self.status = {"text": f"Loading {name} ...", "error": False}
-        self.segmenter.set_model(self._model(name))
+        base = self._model(name)
+        self.segmenter.set_model(_behind(base, self.engine))
+        self._base = base
         return f"{name}: the picture is encoded anew, and every object asked for again."
+
+    def _change_engine(self, name: str) -> str:
+        if name not in (there := engine_choices(self._base.device.type)):
+            raise ValueError(f"There is no engine {name!r} here; there are {', '.join(there)}.")
+        self.status = {"text": f"Preparing {name} ...", "error": False}
+        self.segmenter.set_model(_behind(self._base, name))
+        self.engine = name
+        return f"{self._base.name} in {name}: compare the two times."
 
     def _model(self, name: str) -> Sam:
         if name not in self._choices:
@@ -226,6 +261,8 @@ class PromptWidget(anywidget.AnyWidget):
             "decode_ms": act.decode_ms[-1] if act.decode_ms else None,
             "model": given,
             "models": list(dict.fromkeys([*self._choices, given])),
+            "engine": self.engine,
+            "engines": list(dict.fromkeys([*engine_choices(self._base.device.type), self.engine])),
             "samples": list(SAMPLES),
             "exports": list(SUFFIXES),
         }

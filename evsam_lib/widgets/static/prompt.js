@@ -63,6 +63,8 @@ function render({ model, el }) {
   const button = (text, title, onclick, extra = {}) =>
     make("button", { type: "button", textContent: text, title, "aria-label": title, onclick, ...extra });
   const models = make("select", { "aria-label": "Model", onchange: () => send("model", { name: models.value }) });
+  const engines = make("select", { "aria-label": "Engine", title: "Engine",
+    onchange: () => send("engine", { name: engines.value }) });
   const samples = make("select", { "aria-label": "Picture", onchange: () => send("sample", { name: samples.value }) });
   const file = make("input", { type: "file", accept: "image/*,.tif,.tiff", hidden: true,
     onchange: () => { if (file.files[0]) upload(file.files[0]); file.value = ""; } });
@@ -104,7 +106,8 @@ function render({ model, el }) {
     part("Options",
       make("label", { className: "tick" }, hover, "Preview under the pointer"), make("br"),
       make("label", { className: "tick" }, feed, "Feed the last mask back"),
-      make("div", { className: "row" }, make("span", { className: "hint", textContent: "Opacity" }), opacity)),
+      make("div", { className: "row" }, make("span", { className: "hint", textContent: "Opacity" }), opacity),
+      make("div", { className: "row" }, make("span", { className: "hint", textContent: "Engine" }), engines)),
     part("Export masks", make("div", { className: "row" }, ...exports_)));
 
   const statusText = make("span", { className: "text", role: "status", "aria-live": "polite" });
@@ -508,6 +511,7 @@ function render({ model, el }) {
     const now = scene();
     if (!now.models) return;
     options(models, now.models, now.model);
+    options(engines, now.engines, now.engine);
     options(samples, now.samples.includes(now.name) ? now.samples : [now.name, ...now.samples], now.name);
     [undo.disabled, redo.disabled] = [!now.can.undo, !now.can.redo];
     clear.disabled = !now.items.some((item) => item.iou !== null);
