@@ -84,16 +84,16 @@ def test_image_student_comes_nearer(pair, images, tmp_path):
     before = training.trunk_cosine(student, teacher, images)
     targets = training.teacher_maps(teacher, images)
     assert targets.nbytes == 4 * 64 * 64 * 2  # images, cells, channels, bytes
-    options = {"steps": 6, "batch_size": 4, "lr": 3e-3, "seed": 0, "out": tmp_path / "run"}
-    log = training.distil_image(student, teacher, images, targets=targets, **options)
+    settings = training.ImageStage(steps=6, batch_size=4, lr=3e-3)
+    log = training.distil_image(student, teacher, images, settings, targets=targets, out=tmp_path / "run")
     assert log.loss.iloc[-1] < log.loss.iloc[0]
     assert training.trunk_cosine(student, teacher, images) > before
     after = student.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in heads.items())
-    with pytest.raises(ValueError, match="official takes 'loss' and 'frame', got speed"):
-        training.distil_image(student, teacher, images, official=["speed"], **options)
+    with pytest.raises(ValueError, match=r"official must be one of .*loss, frame, .*got 'speed'"):
+        training.ImageStage(official="speed")
     with pytest.raises(ValueError, match="4 targets for 3 images"):
-        training.distil_image(student, teacher, images[:3], targets=targets, **options)
+        training.distil_image(student, teacher, images[:3], settings, targets=targets, out=tmp_path / "run")
 
 
 def test_online_and_cached_teachers_agree_and_the_official_loss_hides_the_cosine(pair, images, tmp_path):
@@ -102,10 +102,10 @@ def test_online_and_cached_teachers_agree_and_the_official_loss_hides_the_cosine
     for name in ("online", "cached", "official"):
         torch.manual_seed(1)
         student = load_sam3("ES-EV-S", scale="mini", image_size=112)
-        ways = ["loss", "frame"] if name == "official" else []
+        ways = "loss,frame" if name == "official" else ""
         targets = training.teacher_maps(teacher, images) if name == "cached" else None
-        options = {"steps": 2, "batch_size": 2, "lr": 1e-3, "seed": 0, "out": tmp_path / name}
-        logs[name] = training.distil_image(student, teacher, images, targets=targets, official=ways, **options)
+        settings = training.ImageStage(steps=2, batch_size=2, lr=1e-3, official=ways)
+        logs[name] = training.distil_image(student, teacher, images, settings, targets=targets, out=tmp_path / name)
     assert logs["cached"].loss.iloc[0] == pytest.approx(logs["online"].loss.iloc[0], rel=1e-3)  # half precision
     share = {name: log.l2.iloc[0] / log.loss.iloc[0] for name, log in logs.items()}
     assert share["official"] > share["online"]
@@ -117,9 +117,20 @@ def test_online_and_cached_teachers_agree_and_the_official_loss_hides_the_cosine
 def test_text_student_comes_nearer(pair, tmp_path):
     student, teacher = pair
     phrases = ["red striped disc", "blue square", "green dotted ring", "small yellow star"]
-    options = {"steps": 8, "batch_size": 4, "lr": 3e-3, "seed": 0}
-    log = training.distil_text(student, teacher, phrases, out=tmp_path / "run", **options)
+    settings = training.TextStage(steps=8, batch_size=4, lr=3e-3)
+    log = training.distil_text(student, teacher, phrases, settings, out=tmp_path / "run")
     assert log.cosine.iloc[-1] > log.cosine.iloc[0] and log.l2.iloc[-1] < log.l2.iloc[0]
     assert (log.consistency > 0).all()
     with pytest.raises(ValueError, match="takes 23 tokens, this model has room for 16"):
-        training.distil_text(student, teacher, ["very " * 20 + "long"], out=tmp_path / "other", **options)
+        training.distil_text(student, teacher, ["very " * 20 + "long"], settings, out=tmp_path / "other")
+
+
+def test_a_resumed_run_must_have_the_same_schedule(pair, images, tmp_path):
+    student, teacher = pair
+    settings = {"steps": 2, "batch_size": 2, "lr": 1e-3}
+    log = training.distil_image(student, teacher, images, training.ImageStage(**settings), out=tmp_path)
+    again = training.ImageStage(**settings)
+    assert training.distil_image(student, teacher, images, again, out=tmp_path, resume=True).equals(log)
+    with pytest.raises(ValueError, match="warmup_steps"):
+        other = training.ImageStage(**settings, warmup_steps=1)
+        training.distil_image(student, teacher, images, other, out=tmp_path, resume=True)

@@ -41,7 +41,8 @@ TEACHER_TOWER = (
     "the teacher's image tower, left beside the student",
 )
 
-_LAYER = ((r"\bout_proj\b", "o_proj"), (r"\blinear1\b", "mlp.fc1"), (r"\blinear2\b", "mlp.fc2"))
+_NORMS, _OUT = (r"\bnorm(\d)\b", r"layer_norm\1"), (r"\bout_proj\b", "o_proj")
+_LAYER = (_OUT, (r"\blinear1\b", "mlp.fc1"), (r"\blinear2\b", "mlp.fc2"))
 _PERCEPTRON = (r"\blayers\.(\d+)\.(weight|bias)$", lambda m: f"layer{int(m[1]) + 1}.{m[2]}")
 _HEADS = r"output_hypernetworks_mlps\.\d+|iou_prediction_head|pred_obj_score_head"
 _FEED_FORWARD = (
@@ -118,14 +119,14 @@ PARTS: tuple[tuple[str, str, tuple], ...] = (
             (r"^norm\b", "prompt_layer_norm"),
             (r"^encode\.", "layers."),
             (r"\bcross_attn_image\b", "cross_attn"),
-            (r"\bnorm(\d)\b", r"layer_norm\1"),
+            _NORMS,
             *_LAYER,
         ),
     ),
     (
         "transformer.encoder.",
         f"{DETECTOR}detr_encoder.",
-        ((r"\bcross_attn_image\b", "cross_attn"), (r"\bnorm(\d)\b", r"layer_norm\1"), *_LAYER),
+        ((r"\bcross_attn_image\b", "cross_attn"), _NORMS, *_LAYER),
     ),
     (
         "transformer.decoder.layers.",
@@ -189,7 +190,7 @@ PARTS: tuple[tuple[str, str, tuple], ...] = (
             (
                 "transformer.encoder.",
                 "memory_attention.",
-                ((r"^norm\b", "layer_norm"), (r"\bnorm(\d)\b", r"layer_norm\1"), (r"\bout_proj\b", "o_proj")),
+                ((r"^norm\b", "layer_norm"), _NORMS, _OUT),
             ),
             (
                 "maskmem_backbone.",
@@ -224,8 +225,8 @@ PARTS: tuple[tuple[str, str, tuple], ...] = (
                 "sam_mask_decoder.",
                 "mask_decoder.",
                 (
-                    (r"\bout_proj\b", "o_proj"),
-                    (r"\bnorm(\d)\b", r"layer_norm\1"),
+                    _OUT,
+                    _NORMS,
                     (r"\bnorm_final_attn\b", "layer_norm_final_attn"),
                     (r"\bmlp\.lin1\b", "mlp.proj_in"),
                     (r"\bmlp\.lin2\b", "mlp.proj_out"),
@@ -382,7 +383,7 @@ def _trunk_rules(family: str | None, trunk: list[str]) -> tuple:
             (r"^patch_embed\.proj\b", "embeddings.patch_embeddings.projection"),
             (r"^ln_pre\b", "layer_norm"),
             (r"^blocks\b", "layers"),
-            (r"\bnorm(\d)\b", r"layer_norm\1"),
+            _NORMS,
             (r"\battn\.qkv\b", "attention.qkv_proj"),
             (r"\battn\.proj\b", "attention.o_proj"),
         )

@@ -2,7 +2,7 @@
 
 What the official code does, and what its documents do not say, are arguments: the squared error summed over channels (a
 thousand times the mean, beside which the cosine term is lost), the consistency of phrases counted twice, images padded
-and normalised as ImageNet's while the finished model gets them stretched. Defaults are what one would want; `official=`
+and normalised as ImageNet's while the finished model gets them stretched. Defaults are what one would want; `official`
 turns each back. Teacher and student see the same pixels. Not rebuilt: the decay of learning rates from layer to layer.
 """
 
@@ -21,15 +21,45 @@ from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.tokens import tokenize
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, cosine, fit
-from evsam_lib.training.settings import Settings
+from evsam_lib.training.settings import Settings, option
 
 __all__ = [
-    "adopt_heads", "distil_image", "distil_text", "image_loss", "teacher_maps", "text_loss", "training_frame",
-    "trunk_cosine", "warm_cosine",
+    "ImageStage", "TextStage", "adopt_heads", "distil_image", "distil_text", "image_loss", "teacher_maps", "text_loss",
+    "training_frame", "trunk_cosine", "warm_cosine",
 ]  # fmt: skip
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # mean, spread
+IMAGE_WAYS = ("", "loss", "frame", "loss,frame")
 OWN = ("vision_encoder.backbone.", "text_encoder.", "text_projection.")  # what students do not share with the teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Settings):
+    """What both students share. `lr` is the highest learning rate."""
+
+    hflip: float = option(0.0, "images are not mirrored")
+    warmup_steps: int = option(0, "over which the learning rate rises; epochs in the official code: 5, of text 10")
+    lr_floor: float = option(0.0, "what the learning rate ends at, as a part of lr; 0.01 in the official code")
+    clip_norm: float = option(5.0, "largest norm of the gradient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageStage(Stage):
+    """Of the image student; weight decay and norm are the official code's."""
+
+    weight_decay: float = option(0.01, "of weights")
+    cosine_weight: float = option(1.0, "see `image_loss`")
+    official: str = option("", "of the official code's ways: see `image_loss`, `training_frame`", IMAGE_WAYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextStage(Stage):
+    """Of the text student; weight decay and norm are the official code's."""
+
+    weight_decay: float = option(0.05, "of weights")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    consistency_weight: float = option(0.1, "see `text_loss`")
+    official: str = option("", "of the official code's ways: see `text_loss`", ("", "consistency"))
 
 
 def adopt_heads(student, teacher) -> int:
@@ -154,19 +184,11 @@ def distil_image(
     student,
     teacher,
     images: Sequence[np.ndarray],
+    settings: ImageStage,
     *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
     out: str | Path,
     targets: Tensor | None = None,
-    cosine_weight: float = 1.0,
-    weight_decay: float = 0.01,
-    warmup_steps: int = 0,
-    lr_floor: float = 0.0,
-    clip_norm: float = 5.0,
-    official: Sequence[str] = (),
+    resume: bool = False,
 ) -> pd.DataFrame:
     """Trains the student's trunk and head in place, from the teacher's maps; everything else stays.
 
@@ -174,44 +196,29 @@ def distil_image(
         student: of `load_sam3`, an image student.
         teacher: of `load_sam3`, of the same scale and image size.
         images: (H, W, 3) uint8 RGB each, of any sizes.
-        steps: optimiser steps; the learning rate falls over them by a cosine.
-        batch_size: images a step.
-        lr: the highest learning rate.
-        seed: of the order.
+        settings: how long, how fast, by which loss.
         out: folder of logs and checkpoints.
         targets: of `teacher_maps`, made with the same frames; None asks the teacher at every step.
-        cosine_weight: see `image_loss`.
-        weight_decay: of weights; 0.01 in the official code.
-        warmup_steps: over which the learning rate rises; 5 epochs in the official code.
-        lr_floor: what the learning rate ends at, as a part of `lr`; 0.01 in the official code.
-        clip_norm: largest norm of the gradient; 5 in the official code.
-        official: which of the official code's ways to take: "loss" (see `image_loss`), "frame" (see `training_frame`).
+        resume: go on from the last checkpoint in `out`.
 
     Returns:
         The log, see `training.loop.read_log`: step, loss, l2, cosine, lr, seconds and more.
 
     Raises:
-        ValueError: an unknown way, or targets for other images.
-        FloatingPointError: the loss is not finite.
+        ValueError: targets for other images, or see `training.loop.fit`, as for other errors.
     """
-    if unknown := set(official) - {"loss", "frame"}:
-        raise ValueError(f"official takes 'loss' and 'frame', got {', '.join(sorted(unknown))}.")
     if targets is not None and len(targets) != len(images):
         raise ValueError(
             f"{len(targets)} targets for {len(images)} images; make them by teacher_maps(teacher, images)."
         )
-    side, padded = student.config.image_size, "frame" in official
+    side, padded = student.config.image_size, "frame" in settings.official
     trunk, theirs = (model.detector_model.vision_encoder.backbone for model in (student, teacher))
 
     def make(record: _Record, generator: torch.Generator) -> tuple[Tensor, ...]:
         known = () if targets is None else (targets[record.image_id],)
         return torch.tensor(record.image_id), *training_frame(record.value, side, official=padded), *known
 
-    objective = _ImageObjective(trunk, theirs, cosine_weight=cosine_weight, official="loss" in official)
-    objective.clip_norm, objective.warmup, objective.floor = clip_norm, warmup_steps, lr_floor
-    settings = Settings(seed=seed, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, hflip=0.0)
-    record = {"stage": "image", "official": sorted(official), "cosine_weight": cosine_weight, "clip_norm": clip_norm}
-    return fit(objective, Batches(_records(images), make, _stacked), settings, out=out, record=record)
+    return _fit(_ImageObjective(trunk, theirs, settings), images, make, settings, out, resume)
 
 
 @torch.inference_mode()
@@ -224,21 +231,7 @@ def trunk_cosine(student, teacher, images: Sequence[np.ndarray]) -> float:
 
 
 def distil_text(
-    student,
-    teacher,
-    phrases: Sequence[str],
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    seed: int,
-    out: str | Path,
-    consistency_weight: float = 0.1,
-    weight_decay: float = 0.05,
-    warmup_steps: int = 0,
-    lr_floor: float = 0.0,
-    clip_norm: float = 1.0,
-    official: bool = False,
+    student, teacher, phrases: Sequence[str], settings: TextStage, *, out: str | Path, resume: bool = False
 ) -> pd.DataFrame:
     """Trains the student's text encoder and its projection in place, from the teacher's features of phrases.
 
@@ -246,24 +239,15 @@ def distil_text(
         student: of `load_sam3`, with a text student.
         teacher: of `load_sam3`, with SAM3's text and features of the same width.
         phrases: noun phrases, which must fit both contexts.
-        steps: optimiser steps; the learning rate falls over them by a cosine.
-        batch_size: phrases a step.
-        lr: the highest learning rate.
-        seed: of order and of shuffled words.
+        settings: how long, how fast, by which loss.
         out: folder of logs and checkpoints.
-        consistency_weight: see `text_loss`.
-        weight_decay: of weights; 0.05 in the official code.
-        warmup_steps: over which the learning rate rises; 10 epochs in the official code.
-        lr_floor: what the learning rate ends at, as a part of `lr`.
-        clip_norm: largest norm of the gradient; 1 in the official code.
-        official: see `text_loss`.
+        resume: go on from the last checkpoint in `out`.
 
     Returns:
         The log, see `training.loop.read_log`: step, loss, l2, cosine, consistency, lr, seconds and more.
 
     Raises:
-        ValueError: a phrase that is empty or too long.
-        FloatingPointError: the loss is not finite.
+        ValueError: a phrase that is empty or too long, or see `training.loop.fit`, as for other errors.
     """
     detector = student.detector_model
     context = detector.config.text_config.max_position_embeddings
@@ -277,12 +261,9 @@ def distil_text(
         ids = (tokenize([text], context)[0][0] for text in (record.value, mixed))
         return torch.tensor(record.image_id), *(x[0] for x in tokenize([record.value], wide)), *ids
 
-    weights = {"consistency_weight": consistency_weight, "official": official}
-    objective = _TextObjective(detector, teacher.detector_model, length, weights)
-    objective.clip_norm, objective.warmup, objective.floor = clip_norm, warmup_steps, lr_floor
-    settings = Settings(seed=seed, steps=steps, batch_size=batch_size, lr=lr, weight_decay=weight_decay, hflip=0.0)
-    record = {"stage": "text", "clip_norm": clip_norm, **weights}
-    return fit(objective, Batches(_records(phrases), make, _stacked), settings, out=out, record=record)
+    return _fit(
+        _TextObjective(detector, teacher.detector_model, length, settings), phrases, make, settings, out, resume
+    )
 
 
 @dataclass(frozen=True)
@@ -293,8 +274,11 @@ class _Record:
     value: Any
 
 
-def _records(values: Sequence) -> list[_Record]:
-    return [_Record(i, value) for i, value in enumerate(values)]
+def _fit(objective: "_Stage1", values: Sequence, make, settings: Stage, out: str | Path, resume: bool) -> pd.DataFrame:
+    records = [_Record(i, value) for i, value in enumerate(values)]
+    settings = settings.complete(model="", images=len(records))
+    record = {"stage": type(settings).__name__, "images": len(records)}
+    return fit(objective, Batches(records, make, _stacked), settings, out=out, record=record, resume=resume)
 
 
 def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -304,11 +288,13 @@ def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 class _Stage1(Objective):
     """What both students share: batches that are tuples, places first, and the schedule."""
 
-    warmup: int = 0
-    floor: float = 0.0
+    def __init__(self, model: nn.Module, teacher: nn.Module, settings: Stage) -> None:
+        super().__init__(model)
+        self.settings, self.clip_norm = settings, settings.clip_norm
+        self._teacher = (teacher,)  # in a tuple it is no part of this module
 
     def rate(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, warmup=self.warmup, floor=self.floor)
+        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
 
     def prepare(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         places, *rest = batch
@@ -324,10 +310,6 @@ class _Stage1(Objective):
 class _ImageObjective(_Stage1):
     columns = ("loss", "l2", "cosine")
 
-    def __init__(self, trunk: nn.Module, teacher: nn.Module, **weights) -> None:
-        super().__init__(trunk)
-        self._teacher, self.weights = (teacher,), weights  # in a tuple it is no part of this module
-
     def with_target(self, frames: Tensor, valid: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
         wanted = self._teacher[0](frames).last_hidden_state if known is None else known
         return frames, valid.flatten(1), wanted
@@ -336,16 +318,17 @@ class _ImageObjective(_Stage1):
         _, frames, valid, wanted = batch
         seen = self.model(frames).last_hidden_state
         self.clock.mark("student")
-        return image_loss(seen, wanted, valid, **self.weights) | {"weight": valid.sum().float()}
+        ways = {"cosine_weight": self.settings.cosine_weight, "official": "loss" in self.settings.official}
+        return image_loss(seen, wanted, valid, **ways) | {"weight": valid.sum().float()}
 
 
 class _TextObjective(_Stage1):
     columns = ("loss", "l2", "cosine", "consistency")
     trained = ("text_",)
 
-    def __init__(self, detector: nn.Module, teacher: nn.Module, length: int, weights: dict[str, Any]) -> None:
-        super().__init__(detector)
-        self._teacher, self.length, self.weights = (teacher,), length, weights
+    def __init__(self, detector: nn.Module, teacher: nn.Module, length: int, settings: TextStage) -> None:
+        super().__init__(detector, teacher, settings)
+        self.length = length
 
     def train_mode(self) -> None:
         self.model.eval()
@@ -361,4 +344,5 @@ class _TextObjective(_Stage1):
         seen, other = (self.model.get_text_features(x).pooler_output[:, : self.length] for x in (own, mixed))
         self.clock.mark("student")
         weight = torch.tensor(float(len(own)), device=seen.device)
-        return text_loss(seen, wanted, mask, other, **self.weights) | {"weight": weight}
+        ways = {"consistency_weight": self.settings.consistency_weight, "official": bool(self.settings.official)}
+        return text_loss(seen, wanted, mask, other, **ways) | {"weight": weight}
