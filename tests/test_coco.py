@@ -109,7 +109,6 @@ def test_lvis_names_images_by_address(tmp_path):
 
 def test_lvis_keeps_what_scoring_needs(tmp_path):
     images = CocoImages(*write_lvis(tmp_path / "lvis", 4, seed=9, size=SIZE))
-    assert images.is_lvis
     assert images.generated
     assert set(images.frequency.values()) == {"r", "c", "f"}
     assert [record.path.parent.name for record in images] == ["train2017"] * 3 + ["val2017"]
@@ -124,7 +123,6 @@ def test_lvis_keeps_what_scoring_needs(tmp_path):
 
 def test_coco_is_not_lvis(written):
     images = CocoImages(*written)
-    assert not images.is_lvis
     assert images.generated
     assert images[0].neg_category_ids == ()
 

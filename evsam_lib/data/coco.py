@@ -75,7 +75,6 @@ class CocoImages:
         entries, categories = content["images"], content.get("categories", [])
         self.categories: dict[int, str] = {c["id"]: c["name"] for c in categories}
         self.frequency: dict[int, str] = {c["id"]: c["frequency"] for c in categories if "frequency" in c}
-        self.is_lvis: bool = bool(self.frequency) or any("neg_category_ids" in entry for entry in entries[:1])
         self.by_id: dict[int, CocoImage] = {}
         for entry in entries:
             image = self._image(entry)

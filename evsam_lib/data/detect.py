@@ -88,7 +88,7 @@ def detect(
         ValueError: an unknown detector, or one that knows none of the categories.
         ImportError: its package is not installed.
         FileNotFoundError: its weights are neither here nor can they be fetched.
-        FileExistsError: path was made otherwise.
+        FileExistsError: path was made otherwise, or a run that is not done was.
     """
     if detector not in DETECTORS:
         raise ValueError(f"Unknown detector {detector!r}, expected one of {', '.join(DETECTORS)}.")
@@ -105,7 +105,6 @@ def detect(
         raise FileExistsError(f"{path} holds boxes that were made otherwise; remove it, or name another file.")
     find = _loaded(detector, run["weights"], images, torch.device(device))
     lines = _open_part(part, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
     ids = {_plain(name): number for number, name in images.categories.items()}
     with part.open("a") as file:
         if not lines:
@@ -139,12 +138,14 @@ def _loaded(detector: str, weights: str, images: CocoImages, device: torch.devic
 
 
 def _open_part(part: Path, run: dict) -> list[str]:
-    """Whole lines of a run that was stopped, the first of which says what it was; none of another run."""
+    """Whole lines of this run where it was stopped, the first of which says what it is."""
     lines = part.read_text().splitlines(keepends=True) if part.is_file() else []
     if lines and not lines[-1].endswith("\n"):  # killed while it wrote
         lines.pop()
     if lines and json.loads(lines[0]) != run:
-        lines = []
+        raise FileExistsError(
+            f"{part} holds a run with other settings that is not done; remove it, or name another file."
+        )
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text("".join(lines))
     return lines

@@ -58,6 +58,11 @@ class Engine:
     packages: tuple[str, ...] = ()
     remedy: str = ""
 
+    @property
+    def missing(self) -> list[str]:
+        """Packages that are not installed."""
+        return [name for name in self.packages if importlib.util.find_spec(name) is None]
+
 
 def with_engine(
     model: Sam, engine: str = "eager", *, precision: str = "fp32", cache: str | Path | None = None
@@ -80,8 +85,8 @@ def with_engine(
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown engine {engine!r}; there are {', '.join(ENGINES)}.{hint}")
     row = ENGINES[engine]
-    if missing := [name for name in row.packages if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(f"{', '.join(missing)} missing; {row.remedy}")
+    if row.missing:
+        raise ModuleNotFoundError(f"{', '.join(row.missing)} missing; {row.remedy}")
     if precision not in row.precisions:
         raise ValueError(f"{engine} knows {', '.join(row.precisions)}, got precision {precision!r}.")
     if model.device.type not in row.devices:

@@ -151,7 +151,8 @@ def fit(
     lock = checkpoint.locked(out)
     ranks.by_first(lock.__enter__)
     modes = {module: module.training for module in objective.model.modules()}
-    frozen = [p for n, p in objective.model.named_parameters() if p.requires_grad and p not in _set(run.named)]
+    learning = {parameter for _, parameter in run.named}
+    frozen = [p for p in objective.model.parameters() if p.requires_grad and p not in learning]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
@@ -228,10 +229,6 @@ def cosine(step: int, steps: int) -> float:
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """Mixed precision for a forward pass: nothing for "none", bfloat16 for "bf16"."""
     return nullcontext() if amp == "none" else torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _set(named: list[tuple[str, nn.Parameter]]) -> set[nn.Parameter]:
-    return {parameter for _, parameter in named}
 
 
 def _due(step: int, settings: Settings, every: int) -> bool:

@@ -6,7 +6,6 @@ listens, the widget shows itself as a plain picture. Explained in notebook 14.
 """
 
 import base64
-import importlib.util
 import io
 import os
 from functools import lru_cache
@@ -44,13 +43,8 @@ def model_choices() -> dict[str, str]:
 def engine_choices(device: str = "cpu") -> list[str]:
     """Engines that run on this device with the packages there are, and start within seconds."""
     kind = device.partition(":")[0]
-    return [
-        name
-        for name, engine in ENGINES.items()
-        if name not in SLOW_TO_START
-        and kind in engine.devices
-        and all(importlib.util.find_spec(package) for package in engine.packages)
-    ]
+    there = {name: engine for name, engine in ENGINES.items() if kind in engine.devices and not engine.missing}
+    return [name for name in there if name not in SLOW_TO_START]
 
 
 @lru_cache(maxsize=2)
