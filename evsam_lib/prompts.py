@@ -12,7 +12,7 @@ from torch import Tensor
 from evsam_lib.depth import deepest
 from evsam_lib.models.prompt_encoder import BOX_LABELS
 
-__all__ = ["next_clicks", "sample_points", "sample_prompt", "xywh_to_xyxy"]
+__all__ = ["mask_box", "next_clicks", "sample_points", "sample_prompt", "xywh_to_xyxy"]
 
 RECIPES = ("paper", "official")
 
@@ -153,6 +153,14 @@ def next_clicks(gt: np.ndarray, pred: np.ndarray, clicked: np.ndarray | None = N
             labels[i] = other > depth
         coords[i] = positive if labels[i] else negative
     return coords, labels
+
+
+def mask_box(mask: np.ndarray) -> np.ndarray:
+    """(H, W) bool -> (4,) float32, the tight box XYXY, pixel corners at integers; zeros for an empty mask."""
+    if not mask.any():
+        return np.zeros(4, np.float32)
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
 
 
 def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:

@@ -253,3 +253,10 @@ def test_clicks_refuse_what_does_not_belong_together():
 def test_boxes_keep_their_fractions():
     boxes = prompts.xywh_to_xyxy(np.array([[1.5, 2.25, 10.0, 20.5]]))
     assert boxes.tolist() == [[1.5, 2.25, 11.5, 22.75]]
+
+
+def test_box_of_a_mask_is_tight_and_of_no_pixels_zero():
+    mask = np.zeros((6, 9), bool)
+    assert prompts.mask_box(mask).tolist() == [0, 0, 0, 0]
+    mask[2, 3] = mask[4, 7] = True
+    assert prompts.mask_box(mask).tolist() == [3, 2, 8, 5]

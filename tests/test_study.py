@@ -114,10 +114,12 @@ class TestSave:
 
 
 def test_only_long_evaluations_are_taken_up_again(opened, tmp_path):
-    assert opened().resumable("coco", "gt-box", "m") == {}
-    found = opened(profile="paper").resumable("coco", "gt-box", "distilled, trained", "")
-    out = tmp_path / "results/paper/evaluations/coco-gt-box-distilled_trained.json"
-    assert found == {"out": out, "resume": True}
+    row = {"model": "edge-sam", "weights": "official", "label": "distilled, trained"}
+    assert opened().resumable("COCO", "gt-box", **row) == {}
+    study, folder = opened(profile="paper"), tmp_path / "results/paper/evaluations"
+    assert study.resumable("COCO", "gt-box", **row) == {"out": folder / "coco-gt-box-edge-sam.json", "resume": True}
+    own = study.resumable("lvis", "points", **row | {"weights": "05/student.safetensors"}, limit=9)
+    assert own["out"] == folder / "lvis-points-distilled_trained-9.json"
 
 
 class TestRefusals:

@@ -13,6 +13,7 @@ import torch
 from evsam_lib.data.generate import scene
 from evsam_lib.models.sam import Sam
 from evsam_lib.predict import Predictor
+from evsam_lib.prompts import mask_box
 
 __all__ = ["BOUNDS", "Accuracy", "Gate"]
 
@@ -91,13 +92,7 @@ class Gate:
         predictor, answers = Predictor(model), []
         for picture in self.scenes:
             predictor.set_image(picture.image)
-            low_res = predictor.predict_batch(boxes=_boxes(picture.masks))[2]
+            largest = np.argsort(-picture.masks.sum((1, 2)), kind="stable")[:PROMPTS]
+            low_res = predictor.predict_batch(boxes=np.array([mask_box(picture.masks[i]) for i in largest]))[2]
             answers.append((predictor.features.float().cpu().numpy(), low_res))
         return answers
-
-
-def _boxes(masks: np.ndarray) -> np.ndarray:
-    """(N, H, W) bool -> (PROMPTS or fewer, 4) float, XYXY boxes of the largest."""
-    largest = np.argsort(-masks.sum((1, 2)), kind="stable")[:PROMPTS]
-    spans = [(np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))) for mask in masks[largest]]
-    return np.array([[x[0], y[0], x[-1] + 1, y[-1] + 1] for x, y in spans], dtype=float)

@@ -16,6 +16,7 @@ from evsam_lib.data.generate import Scene, scene
 from evsam_lib.deploy.card import Card, need
 from evsam_lib.deploy.runtime import fill_tokens, pixel_inputs
 from evsam_lib.models.sam import Sam
+from evsam_lib.prompts import mask_box
 
 Feed = dict[str, np.ndarray]
 
@@ -147,8 +148,7 @@ def _prompts(model: Sam, masks: np.ndarray, most: int = 4) -> tuple[Tensor, Tens
         row = rows[len(rows) // 2]
         inside = columns[rows == row]
         point = (float(inside[len(inside) // 2]), float(row))
-        box = (float(columns.min()), float(rows.min())), (float(columns.max() + 1), float(rows.max() + 1))
-        coords += [[point, (0.0, 0.0)], list(box)]
+        coords += [[point, (0.0, 0.0)], mask_box(mask).reshape(2, 2).tolist()]
         labels += [[1, -1], [2, 3]]
     coords = model.to_frame(np.array(coords), masks.shape[1:])
     return coords[None], torch.tensor(labels)[None]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from evsam_lib.prompts import mask_box
 from evsam_lib.sam3.tokens import tokenize
 
 __all__ = ["Concepts", "ImageState", "Masks", "Sam3Processor", "pixels"]
@@ -254,7 +255,7 @@ class Sam3Processor:
         return Masks(
             masks=masks,
             scores=iou[0, 0].float().cpu().numpy(),
-            boxes=np.stack([outline_box(mask) for mask in masks]),
+            boxes=np.stack([mask_box(mask) for mask in masks]),
             presence=present.float().sigmoid().item(),
             logits=logits.cpu().numpy(),
             low_res=low_res[0, 0].float().cpu().numpy(),
@@ -370,10 +371,3 @@ def _box(box, size: tuple[int, int]) -> list[float]:
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"The box {values.tolist()} is no XYXY box inside the image of {width} x {height} pixels.")
     return [x0, y0, x1, y1]
-
-
-def outline_box(mask: np.ndarray) -> np.ndarray:
-    if not mask.any():
-        return np.zeros(4, np.float32)
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)

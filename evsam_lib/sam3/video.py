@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from evsam_lib.sam3.processor import Sam3Processor, enlarged, outline_box, pixels, rgb
+from evsam_lib.prompts import mask_box
+from evsam_lib.sam3.processor import Sam3Processor, enlarged, pixels, rgb
 
 __all__ = ["FrameObjects", "VideoPredictor"]
 
@@ -116,7 +117,7 @@ class VideoPredictor:
             frame=out.frame_idx,
             ids=np.array([i for i, _ in kept], int),
             masks=np.array([mask for _, mask in kept], bool).reshape(-1, *size),
-            boxes=np.array([outline_box(mask) for _, mask in kept], np.float32).reshape(-1, 4),
+            boxes=np.array([mask_box(mask) for _, mask in kept], np.float32).reshape(-1, 4),
             scores=np.array([float(out.obj_id_to_score[i]) for i, _ in kept], np.float32),
             phrases=[session.prompts[session.obj_id_to_prompt_id[i]] for i, _ in kept],
         )

@@ -244,15 +244,26 @@ class Study:
             self._files.append(name)
         return path
 
-    def resumable(self, *words: str) -> dict[str, Any]:
+    def resumable(
+        self, source: str, prompt: str, *, model: str, weights: str, label: str, limit: int = 0
+    ) -> dict[str, Any]:
         """Arguments with which `evaluate` goes on where a killed run of hours stopped; none in mini, all of it anew.
 
-        They name a file under results/<profile>/evaluations, after the words that say what is measured (empty ones
-        are left out). The Snakefile's jobs leave their results there too, under the same names.
+        They name a file under results/<profile>/evaluations. The Snakefile's jobs leave their results there too, under
+        the same names.
+
+        Args:
+            source: data set, or stem of the file of a detector's boxes.
+            prompt: of the evaluation.
+            model: name in the zoo, which names released weights ("official").
+            weights: what was asked for; others than "official" go by the label.
+            label: of the row.
+            limit: images, 0 for all.
         """
         if self.profile == "mini":
             return {}
-        name = "-".join(re.sub(r"[^\w.-]+", "_", word) for word in words if word)
+        words = [source.lower(), prompt, model if weights == "official" else label, *([str(limit)] if limit else [])]
+        name = "-".join(re.sub(r"[^\w.-]+", "_", word) for word in words)
         return {"out": self.folder.parent / "evaluations" / f"{name}.json", "resume": True}
 
     def input(self, path: str | Path) -> Path:

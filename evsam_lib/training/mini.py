@@ -32,6 +32,7 @@ from evsam_lib.models.prompt_encoder import prompt_tokens
 from evsam_lib.models.sam import Sam
 from evsam_lib.models.weights import save_weights
 from evsam_lib.models.zoo import load_model
+from evsam_lib.prompts import mask_box
 from evsam_lib.training import losses
 
 SIDE = 512  # of a scene in pixels, and of the prompt frame
@@ -354,8 +355,7 @@ def _fill(i: int) -> None:
     cell = SIDE // LOW_RES
     for slot, mask in enumerate(made.masks[order]):
         coverage[i, slot] = mask.reshape(LOW_RES, cell, LOW_RES, cell).mean((1, 3)) * 255
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        boxes[i, slot] = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        boxes[i, slot] = mask_box(mask)
 
 
 def _options() -> argparse.Namespace:
