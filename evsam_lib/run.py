@@ -30,6 +30,7 @@ from papermill.exceptions import PapermillExecutionError
 from evsam_lib.study import params
 from evsam_lib.study.paths import digest, publish, repo_root, resolve, shown, work_folder, write_text
 from evsam_lib.study.record import RUNNER
+from evsam_lib.study.report import build_report
 
 __all__ = ["main", "run"]
 
@@ -119,6 +120,7 @@ def run(
     )
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed: dict[str, str] = {}
+    touched: set[Path] = set()
     began = time.monotonic()
     for number, notebook in enumerate(selected, start=1):
         print(f"[{number}/{len(selected)}] {notebook.name} ... ", end="", flush=True)
@@ -129,10 +131,14 @@ def run(
             if blocked:
                 raise NotebookError(f"not started, it builds on {', '.join(blocked)}")
             done = _run_one(notebook, values, passed[notebook.name], resume=resume)
+            touched.update([_results(values)] if done else [])
             print(f"{time.monotonic() - started:.0f} s ok" if done else "up to date", flush=True)
         except NotebookError as error:
             failed[notebook.name] = str(error)
             print(f"{time.monotonic() - started:.0f} s FAILED: {error}", flush=True)
+    for results in touched:
+        if (results / "RESULTS.md").is_file():  # notebook 20 made it once; from then on it tells what lies beside it
+            build_report(results.parent, results.name)
     print(
         f"{len(selected) - len(failed)} of {len(selected)} notebooks ran whole, {time.monotonic() - began:.0f} s in all"
     )
@@ -164,9 +170,13 @@ def _select(chosen: list[str], every: list[Notebook]) -> list[Notebook]:
     return [notebook for notebook in every if notebook.name in wanted]
 
 
+def _results(values: dict[str, Any]) -> Path:
+    return resolve(values.get("results_root", "results")) / values.get("profile", "mini")
+
+
 def _run_one(notebook: Notebook, values: dict[str, Any], passed: dict[str, Any], *, resume: bool) -> bool:
     """Runs one notebook and publishes its result; False if it was up to date already."""
-    folder = resolve(values.get("results_root", "results")) / values.get("profile", "mini") / notebook.name
+    folder = _results(values) / notebook.name
     stamp = {"parameters": values, "code": _code_digest(notebook.path), "inputs": _input_runs(notebook, folder.parent)}
     if resume and _read_stamp(folder) == json.loads(json.dumps(stamp)) and _inputs_stand(folder):
         return False

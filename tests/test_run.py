@@ -198,3 +198,13 @@ def test_list_names_parameters(place, capsys):
     write(place, "01_one")
     assert go(place, "--list") == 0
     assert "n: int = 3" in capsys.readouterr().out
+
+
+def test_a_report_that_is_there_follows_every_run(place):
+    write(place, "01_one")
+    assert go(place, "1") == 0
+    report = place / "results/mini/RESULTS.md"
+    assert not report.exists()  # notebook 20 makes the first
+    report.write_text("old")
+    assert go(place, "1", "-p", "n", "47110") == 0
+    assert "47110" in report.read_text()

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from .paths import repo_root, resolve, write_text
+from .picture import labels
 from .reference import GENERATED, compare, kind
 from .tables import COLUMNS, MINI, digits, origin_line, pipes, read_table, title, wide
 
@@ -74,7 +74,7 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
 
 def _section(folder: Path, table: pd.DataFrame) -> str:
     """One notebook: its title and claim, figures, tables, origin. Empty if it made neither."""
-    figures = [_picture(file) for file in folder.glob("figures/*.png")]
+    figures = [_picture(file) for file in folder.glob("figures/*.*")]
     if not figures and not len(table):
         return ""
     heading, claim = _title_and_claim(folder)
@@ -88,8 +88,7 @@ def _section(folder: Path, table: pd.DataFrame) -> str:
 
 def _picture(file: Path) -> tuple[int, str, str, str]:
     """Order, file name, title and caption of a figure; they travel in the picture itself."""
-    with Image.open(file) as picture:
-        text = dict(getattr(picture, "text", {}))
+    text = labels(file)
     return int(text.get("Order", 0)), file.name, text.get("Title", file.stem).rstrip("."), text.get("Description", "")
 
 
