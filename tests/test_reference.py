@@ -12,7 +12,7 @@ from evsam_lib.study.report import verdict_counts
 ROOT = Path(__file__).parents[1]
 # models x columns, as printed
 SIZES = {"table1": 9 * 4, "table2": 2 * 6, "table3": 2 * 8, "table4": 9 * 8, "table5": 2 * 8, "sginw": 2}
-PLANNED = {"01", "06", "07", "08", "09", "10", "11", "12", "16"}  # of DESIGN: notebooks that make paper numbers
+PLANNED = {"01", "06", "07", "08", "09", "10", "11", "12", "16"}  # notebooks that make printed numbers
 
 
 @pytest.mark.parametrize(("table", "cells"), SIZES.items())

@@ -126,14 +126,17 @@ class Result:
         """Path of a file that the notebook kept.
 
         Raises:
-            FileNotFoundError: there is none of that name; names those there are.
+            FileNotFoundError: there is none of that name; names those there are, and the command that makes them.
         """
         path = self.folder / name
         if not path.is_file():
             have = ", ".join(
                 sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
             )
-            raise FileNotFoundError(f"{shown(self.folder)} holds no {name}; it holds {have}")
+            raise FileNotFoundError(
+                f"{shown(self.folder)} holds no {name}; it holds {have}. Checkpoints do not come with the repository: "
+                f"`python -m evsam_lib.run --profile {self.folder.parent.name} {self.folder.name[:2]}` makes them"
+            )
         return path
 
 
