@@ -85,8 +85,8 @@ def bench_sam3(name: str, options: Options, *, say: Callable[[str], object] = la
         say: takes lines of progress.
 
     Returns:
-        conditions (machine, versions, ceiling, parameters and MACs of the parts), and runs: an entry for each step and
-        part, with its samples in seconds, one a pass.
+        conditions (machine, versions, ceilings before and after, parameters and MACs of the parts); passes: seconds and
+        CPU seconds of each, warm-up first; runs: an entry for each step and part, its samples in seconds, one a pass.
 
     Raises:
         ValueError: an unknown model or text, or a size that the model cannot take.
@@ -96,18 +96,23 @@ def bench_sam3(name: str, options: Options, *, say: Callable[[str], object] = la
     ledger = count_sam3(name, **shape, scale=options.scale)
     torch.manual_seed(options.seed)
     model = load_sam3(name, **shape, scale=options.scale, device=options.device)
-    ceiling = gemm_ceiling(options.device, torch.float32)
+    ceilings = [gemm_ceiling(options.device, torch.float32)]
     image = scene(options.seed, 0, size=PHOTOGRAPH).image
     found: dict[tuple[str, str], list[float]] = {}
+    passes = []
     with _watching(model, gpu=options.device != "cpu") as watch:
         for number in range(options.warm_up + options.passes):
+            cpu = time.process_time()
             seconds = _pass(model, image, watch)
-            say(f"{name} {options.image_size} px, pass {number + 1}: {sum(seconds.values()):.2f} s")
+            passes.append({"s": sum(seconds.values()), "cpu_s": time.process_time() - cpu})
+            say(f"{name} {options.image_size} px, pass {number + 1}: {passes[-1]['s']:.2f} s")
             if number >= options.warm_up:
                 for key, value in seconds.items():
                     found.setdefault(key, []).append(value)
-    conditions = _conditions(name, options, ceiling, ledger, Sam3Processor(model).context, started)
-    return {"conditions": conditions, "runs": [{"step": s, "part": p, "samples_s": v} for (s, p), v in found.items()]}
+    ceilings.append(gemm_ceiling(options.device, torch.float32))
+    conditions = _conditions(name, options, ceilings, ledger, Sam3Processor(model).context, started)
+    runs = [{"step": step, "part": part, "samples_s": samples} for (step, part), samples in found.items()]
+    return {"conditions": conditions, "passes": passes, "runs": runs}
 
 
 def _pass(model: nn.Module, image: np.ndarray, watch: "_Watch") -> dict[tuple[str, str], float]:
@@ -152,7 +157,7 @@ class _Watch:
         marks, self.marks = self.marks, []
         own = [self._between(begin, end) for _, _, begin, end in marks]
         steps, found = [], {}
-        for i, (part, outer, begin, end) in enumerate(marks):
+        for part, outer, begin, end in marks:
             steps.append(part if outer is None else steps[outer])
             if outer is not None:
                 own[outer] -= self._between(begin, end)
@@ -191,7 +196,7 @@ def _watching(model: nn.Module, *, gpu: bool) -> Iterator[_Watch]:
 
 
 def _conditions(
-    name: str, options: Options, ceiling: float, ledger: pd.DataFrame, context: int, started: datetime
+    name: str, options: Options, ceilings: list[float], ledger: pd.DataFrame, context: int, started: datetime
 ) -> dict:
     given = asdict(options) | {"model": name, "text": checked_text(name, options.text), "weights": "random"}
     given["context"] = context
@@ -207,7 +212,8 @@ def _conditions(
         f"{column}_of_parts": {part: int(ledger.loc[part, column]) for part in PARTS}
         for column in ("parameters", "macs")
     }
-    return origin | {"scope": "one image, one phrase, one box", "gemm_flops": ceiling, **costs} | surroundings()
+    speed = {"gemm_flops": max(ceilings), "gemm_flops_before_and_after": ceilings}
+    return origin | {"scope": "one image, one phrase, one box"} | speed | costs | surroundings()
 
 
 # ---------------------------------------------------------------- the table
@@ -221,9 +227,8 @@ def table(results: Iterable[dict]) -> pd.DataFrame:
     """
     rows = []
     for result in results:
-        runs = [run for run in result["runs"] if run["part"] not in ("memory",)]
         for step in STEPS:
-            own = [run for run in runs if run["step"] == step]
+            own = [run for run in result["runs"] if run["step"] == step]
             whole = np.sum([run["samples_s"] for run in own], axis=0)
             rows += [_row(run["part"], step, run["samples_s"], result["conditions"]) for run in own]
             rows.append(_row("whole", step, whole, result["conditions"], parts=[run["part"] for run in own]))
@@ -234,9 +239,9 @@ def _row(part: str, step: str, seconds, conditions: dict, parts: Iterable[str] =
     given, samples = conditions["parameters"], np.asarray(seconds)
     macs = sum(conditions["macs_of_parts"].get(name, 0) for name in (parts or (part,)))
     speed = macs / np.median(samples)
-    return {
-        **{key: given[key] for key in ("model", "text", "context", "image_size")},
-        **{"step": step, "part": part, "weights": given["weights"]},
+    which = {key: given[key] for key in ("model", "text", "context", "image_size")} | {"step": step, "part": part}
+    return which | {
+        "weights": given["weights"],
         **{f"{key}_ms": 1e3 * f(samples) for key, f in (("p50", np.median), ("min", np.min), ("max", np.max))},
         "gmacs": macs / 1e9,
         "gmacs_per_s": speed / 1e9 if macs else np.nan,
