@@ -11,11 +11,14 @@ from evsam_lib.data.coco import CocoImages
 from evsam_lib.evaluate import parts
 from evsam_lib.evaluate.report import format_table, write_result, write_results_file
 from evsam_lib.evaluate.run import DATASETS, PROMPTS, evaluate
-from evsam_lib.models.zoo import load_model, weights_path
+from evsam_lib.models.zoo import ZOO, load_model, weights_path
 from evsam_lib.predict import CHOICES
 from evsam_lib.scores import COCO_EVALUATORS
 
 __all__ = ["main"]
+
+SAM3_NAMES = ("SAM3", "LiteText", "ES-")  # how the names of `evsam_lib.sam3.zoo.MODELS` begin
+SAM3_OPTIONS = ("text", "context", "scale", "image_size")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if weights is None:
         torch.manual_seed(0)
         print("NO WEIGHTS: the model starts at random (seed 0), its scores say nothing about it.", file=sys.stderr)
-    model = load_model(options.model, weights, _device(options.device), getattr(torch, options.dtype))
+    model, file = _model(options, weights)
     result = evaluate(
         model,
         images,
@@ -63,7 +66,7 @@ def _run(options: argparse.Namespace) -> int:
         out=options.out,
         shard=shard,
         resume=options.resume,
-        weights=weights_path(options.model, weights),
+        weights=file,
         progress=sys.stderr.isatty(),
     )
     files = [parts.part_path(options.out, (number, shard[1])) for number in range(1, shard[1] + 1)]
@@ -71,6 +74,21 @@ def _run(options: argparse.Namespace) -> int:
         print(f"shard {shard[0]} of {shard[1]} is done; the result waits for the others: {parts.incomplete(files)}")
         return 0
     return _report(result, options, files)
+
+
+def _model(options: argparse.Namespace, weights: str | None):
+    """The model, and the file its weights are from, None for a random start."""
+    device, dtype = _device(options.device), getattr(torch, options.dtype)
+    if options.model in ZOO or not options.model.startswith(SAM3_NAMES):
+        given = [name for name in SAM3_OPTIONS if getattr(options, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for SAM3 and its students, not for {options.model}.")
+        return load_model(options.model, weights, device, dtype), weights_path(options.model, weights)
+    from evsam_lib.sam3.as_sam import load_clicks  # needs the extra [sam3]
+
+    shape = {name: getattr(options, name) for name in SAM3_OPTIONS if getattr(options, name) is not None}
+    model = load_clicks(options.model, weights, device=device, dtype=dtype, **shape)
+    return model, model.weights
 
 
 def _report(result: dict, options: argparse.Namespace, files: list[Path]) -> int:
@@ -148,7 +166,11 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="python -m evsam_lib.evaluate", description="Measures a model: mIoU, or AP of masks.")
     add = parser.add_argument
-    add("--model", required=True, help="a name of the zoo, such as efficientvit-sam-l0")
+    add(
+        "--model",
+        required=True,
+        help="a name of the zoo, such as efficientvit-sam-l0, or of evsam_lib.sam3, such as ES-EV-S",
+    )
     add("--weights", required=True, help="a file, 'mini', 'official', or 'none' for a random start")
     add("--images", required=True, type=Path, help="folder of images; for LVIS that of train2017 and val2017")
     add("--annotations", required=True, type=Path, help="JSON in COCO's form")
@@ -167,6 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the part files that an earlier run left beside --out")
     add("--keep-part", action="store_true", help="leave the part file, for notebooks with this folder as `evaluations`")
     add("--limit", type=_positive, help="number of images (that have objects, unless boxes are a detector's)")
+    sam3 = parser.add_argument_group("SAM3, LiteText and EfficientSAM3, with the extra [sam3]")
+    sam3.add_argument("--text", help="the text encoder in the file: SAM3, ES-MC-S, ES-MC-M or ES-MC-L")
+    sam3.add_argument("--context", type=_positive, help="tokens of a phrase that the file was made for")
+    sam3.add_argument("--scale", help="full, or mini for this study's own small ones")
+    sam3.add_argument("--image-size", type=_positive, help="side of the model's input, pixels; 1008, at mini scale 224")
     rules = parser.add_argument_group("rules that one may question, by default those of the authors' script")
     add = rules.add_argument
     add("--exclude-crowds", action="store_true", help="leave iscrowd annotations out; official: kept")

@@ -223,7 +223,7 @@ def table(results: Iterable[dict]) -> pd.DataFrame:
     """The table of what `bench_sam3` returned: a row for each part, and one for each step, its `whole`.
 
     Columns: model, text, context, image_size, step, part, weights, p50_ms, min_ms, max_ms, gmacs, gmacs_per_s (of the
-    median), percent_of_gemm, n.
+    least time, which a busy machine spoils least), percent_of_gemm, n.
     """
     rows = []
     for result in results:
@@ -238,7 +238,7 @@ def table(results: Iterable[dict]) -> pd.DataFrame:
 def _row(part: str, step: str, seconds, conditions: dict, parts: Iterable[str] = ()) -> dict:
     given, samples = conditions["parameters"], np.asarray(seconds)
     macs = sum(conditions["macs_of_parts"].get(name, 0) for name in (parts or (part,)))
-    speed = macs / np.median(samples)
+    speed = macs / samples.min()
     which = {key: given[key] for key in ("model", "text", "context", "image_size")} | {"step": step, "part": part}
     return which | {
         "weights": given["weights"],
@@ -265,11 +265,11 @@ def write_table(folder: str | Path) -> pd.DataFrame:
 
 
 def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
-    """Milliseconds, a model down and its parts across, the three steps' wholes last."""
+    """Least milliseconds, a model down and its parts across, the three steps' wholes last."""
     rows = rows.assign(column=rows["part"].where(rows["part"] != "whole", "whole " + rows["step"]))
     order = [part for part in (*PARTS, *(f"whole {step}" for step in STEPS)) if part in set(rows["column"])]
     index = ["model", "text", "image_size"]
-    wide = rows[rows["column"].isin(order)].pivot(index=index, columns="column", values="p50_ms")[order]
+    wide = rows[rows["column"].isin(order)].pivot(index=index, columns="column", values="min_ms")[order]
     places = {name: i for i, name in enumerate(MODELS)}
     wide = wide.sort_index(key=lambda level: level.map(places) if level.name == "model" else level)
     return wide.rename_axis(index={"text": "text encoder"}, columns=None).reset_index()
@@ -279,7 +279,7 @@ def _machine(conditions: dict) -> str:
     threads, versions = conditions["threads"], conditions["versions"]
     where = conditions["gpu"] if conditions["device"] != "cpu" else f"{conditions['machine']['cpu']}, {threads} threads"
     versions = f"torch {versions['torch']}, transformers {versions['transformers']}, Python {versions['python']}"
-    return f"*Milliseconds, median, eager float32, random weights, {where}, {versions}.*"
+    return f"*Milliseconds, the least of the passes, eager float32, random weights, {where}, {versions}.*"
 
 
 # ---------------------------------------------------------------- command line
