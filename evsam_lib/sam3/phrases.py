@@ -1,12 +1,13 @@
 """Phrases to masks on many images: SA-Co Gold's pairs, or COCO with its categories' names as phrases.
 
-    python -m evsam_lib.sam3.phrases --model ES-TV-M --weights FILE --text ES-MC-S --saco gold_metaclip.json \\
-        --images IMAGES --out metaclip.json
+    python -m evsam_lib.sam3.phrases --model ES-TV-M --weights FILE --text ES-MC-S --images IMAGES \\
+        --saco gold_crowded_merged_{a,b,c}_release_test.json --out crowded.json
     python -m evsam_lib.sam3.phrases --model SAM3 --weights official --coco instances_val2017.json \\
         --images val2017 --out coco.json --resume
 
-Every image is encoded once and asked all its phrases, those that name nothing in it among them. What is found is
-scored by cgF1 (`sam3.scores`), in its two parts, and COCO's also by AP. Part files, `--shard` and `--resume` are those
+Every image is encoded once and asked all its phrases, those that name nothing in it among them. Where there are several
+annotators, as in SA-Co Gold, the one that suits an answer best counts, as in SAM3's own evaluation. What is found is
+scored by cgF1 in its two parts (`evaluate.cgf1`), COCO's also by AP. Part files, `--shard` and `--resume` are those
 of `evsam_lib.evaluate`: a killed run goes on, and many processes share one. Notebook 19 uses it.
 """
 
@@ -27,15 +28,17 @@ from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.rle import encode_masks
 from evsam_lib.data.saco import ConceptImage, ConceptPhrase, SacoImages
 from evsam_lib.evaluate import arguments, parts
+from evsam_lib.evaluate.cgf1 import PairCounts, best_of, count_pair, mask_ious
+from evsam_lib.evaluate.cgf1 import scores as cgf1
 from evsam_lib.evaluate.report import write_result, write_results_file
 from evsam_lib.models.weights import sha256
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.processor import Sam3Processor
-from evsam_lib.sam3.scores import Answer, concept_scores
 
 __all__ = ["CocoPhrases", "evaluate_phrases", "main"]
 
 PAIRS = 10_000  # COCO's pairs of image and category are numbered image * PAIRS + category; LVIS has 1,203 categories
+THRESHOLD = 0.5  # of cgF1: the least score of an instance
 MOST = 100  # detections of an image that COCO's AP looks at
 
 
@@ -157,26 +160,16 @@ class _Asking:
 
     def _pair(self, phrase: ConceptPhrase, state) -> dict:
         found = self.processor.set_text_prompt(phrase.text, state)
-        overlap = _ious(found.masks, phrase.masks)  # (N, M)
+        truths = (phrase.masks, *phrase.others)  # one for each annotator
         answer = {
             "pair_id": int(phrase.pair_id),
             "phrase": phrase.text,
             "presence": float(found.presence),
-            "scores": [round(float(score), 6) for score in found.scores],
-            "iou": overlap.round(6).tolist(),
-            "true": len(phrase.masks),
+            "scores": [float(score) for score in found.scores],
+            "true": [len(truth) for truth in truths],
+            "iou": [mask_ious(found.masks, truth).round(6).tolist() for truth in truths],
         }
         return answer | ({"segmentations": encode_masks(found.masks)} if self.masks and len(found.masks) else {})
-
-
-def _ious(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N, H, W) and (M, H, W) bool -> (N, M) IoU in [0, 1]; of two empty masks 0."""
-    flat = [masks.reshape(len(masks), -1).astype(np.float32) for masks in (a, b)]
-    if not len(a) or not len(b):
-        return np.zeros((len(a), len(b)))
-    shared = flat[0] @ flat[1].T
-    union = flat[0].sum(1)[:, None] + flat[1].sum(1)[None] - shared
-    return shared / np.maximum(union, 1)
 
 
 def _finish(header: dict, lines: list[dict], images: Sequence[ConceptImage]) -> dict:
@@ -184,9 +177,10 @@ def _finish(header: dict, lines: list[dict], images: Sequence[ConceptImage]) -> 
     settings, coco = header["settings"], isinstance(images, CocoPhrases)
     pairs = [pair for line in lines for pair in line["objects"]]
     left_out = images.crowded if coco else set()
-    answers = [_answer(pair) for pair in pairs if pair["pair_id"] not in left_out]
-    summary, result = concept_scores(answers), {}
-    summary |= {"images": len(lines), "pairs": len(answers), "pairs_with_crowds": len(pairs) - len(answers)}
+    counted = cgf1(_counts(pair) for pair in pairs if pair["pair_id"] not in left_out)
+    summary = {"cgF1": counted.cgf1, "pmF1": counted.pmf1, "MCC": counted.mcc, "pairs": counted.pairs}
+    summary |= {"positive": counted.positive, "pairs_with_crowds": len(pairs) - counted.pairs, "images": len(lines)}
+    result = {}
     if coco:
         result["results"] = [found for line in lines for found in _best(line["objects"])]
         ids = [images.images[line["position"]].image_id for line in lines]
@@ -196,10 +190,14 @@ def _finish(header: dict, lines: list[dict], images: Sequence[ConceptImage]) -> 
     return {"summary": summary, "objects": kept} | result
 
 
-def _answer(pair: dict) -> Answer:
-    """Of a line; cgF1 looks at scores above its own threshold only."""
-    overlap = np.array(pair["iou"], float).reshape(len(pair["scores"]), pair["true"])
-    return Answer(np.array(pair["scores"], float), overlap)
+def _counts(pair: dict) -> PairCounts:
+    """Of a line, against the annotator that suits it best; cgF1 has a threshold of its own."""
+    sure = np.array(pair["scores"], float) >= THRESHOLD
+    readings = [
+        count_pair(np.array(iou, float).reshape(len(sure), true)[sure])
+        for iou, true in zip(pair["iou"], pair["true"], strict=True)
+    ]
+    return best_of(readings)
 
 
 def _best(pairs: list[dict]) -> list[dict]:
@@ -253,7 +251,7 @@ def _run(options: argparse.Namespace) -> int:
     if (options.saco is None) == (options.coco is None):
         raise ValueError("Phrases come from one file, --saco FILE or --coco FILE.")
     if options.saco:
-        images: Sequence[ConceptImage] = SacoImages(options.saco, options.images)
+        images: Sequence[ConceptImage] = SacoImages(options.saco[0], options.images, also=options.saco[1:])
     else:
         images = CocoPhrases(CocoImages(options.images, options.coco))
     shard = options.shard or arguments.torchrun_shard() or (1, 1)
@@ -290,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=arguments.positive, help="tokens of a phrase that the file was made for")
     add("--scale", help="full, or mini for this study's own small ones")
     add("--image-size", type=arguments.positive, help="side of the model's input, pixels")
-    add("--saco", type=Path, help="pairs of image and phrase, JSON in SA-Co's form")
+    add("--saco", type=Path, nargs="+", help="pairs of image and phrase, JSON in SA-Co's form, one for each annotator")
     add("--coco", type=Path, help="JSON in COCO's form; its categories' names are the phrases")
     add("--images", required=True, type=Path, help="folder of the images that the file names")
     add("--out", required=True, type=Path, help="JSON file to write: summary, and every pair")

@@ -101,7 +101,7 @@ def box_table(
         clicks = ClickModel(model)
         result = evaluate(clicks, images, prompt="gt-box", **options, **kept, weights=clicks.weights)
         _write(study, result, f"boxes_{row.title}{row.suffix}")
-        found, status = result["summary"], _status(images)
+        found, status = result["summary"], _status(study, images)
         return [
             _record(row, column, found["mIoU"][size], n=found["counts"][size], status=status)
             for size, column in zip(SIZES, ("COCO mIoU", "COCO mIoU_S", "COCO mIoU_M", "COCO mIoU_L"), strict=True)
@@ -146,7 +146,7 @@ def phrase_table(
             result = evaluate_phrases(model, images, limit=limit or None, **kept)
             _write(study, result, f"phrases_{name}_{row.title}{row.suffix}")
             found[name] = result["summary"]
-        status = _status(*sets.values())
+        status = _status(study, *sets.values())
         parts = [
             _record(row, f"{key} {name}", summary[key], n=summary["pairs"], status=status)
             for name, summary in found.items()
@@ -190,9 +190,9 @@ def _record(row: Row, column: str, value: float, *, n: int, status: str) -> dict
     return {"row": row.title, "column": column + row.suffix, "value": value, "unit": unit, "n": n, "status": status}
 
 
-def _status(*sources) -> str:
+def _status(study, *sources) -> str:
     made = any(getattr(source, "generated", False) or isinstance(source, GeneratedConcepts) for source in sources)
-    return GENERATED if made else MEASURED
+    return GENERATED if made or (study is not None and study.profile == "mini") else MEASURED
 
 
 def _kept(study, source: str, prompt: str, row: Row, limit: int) -> dict:
