@@ -172,32 +172,28 @@ DATA: dict[str, Source] = {
 
 EFFICIENTSAM3_URL = f"{HUGGING_FACE}/Simon7108528/EfficientSAM3"
 SAM3_PAGE = f"{HUGGING_FACE}/facebook/sam3"
-_TERMS = "repository: Apache-2.0; parts are SAM3's, under the SAM License"
-# name -> file, folder of the repository, rough size: as the code's parameters have it, four bytes each
-SAM3_FILES: dict[str, tuple[str, str, int]] = {
-    f"ES-{short}-{size}": (f"efficient_sam3_{family}_{size.lower()}.pt", "stage1_all_converted", 1_780 * 10**6)
+_TERMS = "Apache-2.0, in parts the SAM License"
+# name -> file and folder of the repository
+SAM3_FILES: dict[str, tuple[str, str]] = {
+    f"ES-{short}-{size}": (f"efficient_sam3_{family}_{size.lower()}.pt", "stage1_all_converted")
     for family, short in (("efficientvit", "EV"), ("repvit", "RV"), ("tinyvit", "TV"))
     for size in "SML"
 }
 SAM3_FILES |= {
-    f"{name}-geometry": (SAM3_FILES[name][0].replace(".pt", "_geo_ft.pt"), "stage1_all_converted", 1_780 * 10**6)
+    f"{name}-geometry": (SAM3_FILES[name][0].replace(".pt", "_geo_ft.pt"), "stage1_all_converted")
     for name in ("ES-EV-M", "ES-RV-M", "ES-TV-M")
 }
 SAM3_FILES |= {
-    f"LiteText-{size}": (f"efficient_sam3_image_encoder_{text}_ctx16.pt", "sam3_litetext", rough * 10**6)
-    for size, text, rough in (
-        ("S", "mobileclip_s0", 2_120),
-        ("M", "mobileclip_s1", 2_200),
-        ("L", "mobileclip2_l", 2_440),
-    )
+    f"LiteText-{size}": (f"efficient_sam3_image_encoder_{text}_ctx16.pt", "sam3_litetext")
+    for size, text in (("S", "mobileclip_s0"), ("M", "mobileclip_s1"), ("L", "mobileclip2_l"))
 }
 
 
 def weights() -> dict[str, Source]:
     """The zoo's models that have a released checkpoint, then SAM3 and EfficientSAM3, by name."""
     found = {name: Source("", entry.licence, (_checkpoint(entry),)) for name, entry in ZOO.items() if entry.checkpoint}
-    for name, (file, folder, rough) in SAM3_FILES.items():
-        found[name] = Source("", _TERMS, (Item(f"{EFFICIENTSAM3_URL}/resolve/main/{folder}/{file}", rough_size=rough),))
+    for name, (file, folder) in SAM3_FILES.items():
+        found[name] = Source("", _TERMS, (Item(f"{EFFICIENTSAM3_URL}/resolve/main/{folder}/{file}"),))
     sam3 = Item(f"{SAM3_PAGE}/resolve/main/sam3.pt", rough_size=3_450 * 10**6, gate=SAM3_PAGE)
     return found | {"SAM3": Source("", "SAM License", (sam3,))}
 
