@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evsam_lib.models.weights import load_strictly, read_state_dict, save_weights, weights_root
+from evsam_lib.models.weights import SHIPPED, load_strictly, read_state_dict, save_weights, weights_root
 from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
-from evsam_lib.sam3.zoo import IMAGES, SCALES, TEACHER, TEXTS, configuration
+from evsam_lib.sam3.ship import unpacked
+from evsam_lib.sam3.zoo import IMAGES, LITETEXT, SCALES, TEACHER, TEXTS, VOCABULARY, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["contents", "load_sam3", "save_sam3"]
+
+
+SAM3_FILE = "sam3.pt"  # as facebook/sam3 names it
 
 
 def load_sam3(
@@ -37,8 +41,9 @@ def load_sam3(
     Args:
         name: one of `MODELS`, such as "ES-EV-S".
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
-            of `save_sam3`, or "official" for the released weights: a file under `weights_root()`; for SAM3,
-            facebook/sam3 on Hugging Face, which asks for access.
+            of `save_sam3`, "official" for the released weights: a file under `weights_root()`; where SAM3's is not
+            there, facebook/sam3 on Hugging Face, which asks for access; or "mini" for the small SAM3 that ships with
+            this library, which is of scale "mini".
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
@@ -58,12 +63,13 @@ def load_sam3(
     """
     from transformers import Sam3VideoModel
 
+    scale = "mini" if weights == "mini" else scale
     config = configuration(name, text, context=context, scale=scale, image_size=image_size)
-    if name == TEACHER and weights == "official":
+    if name == TEACHER and weights == "official" and not (weights_root() / SAM3_FILE).is_file():
         model = _from_hub("facebook/sam3", config)
     else:
-        path = _weights_path(name, weights)
-        state = None if path is None else read_state_dict(path)
+        path = _weights_path(name, weights, config.study["text"])
+        state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
         model = Sam3VideoModel(config)
         model.report = _random_start(model) if state is None else _fill(model, state, path, without)
@@ -127,18 +133,26 @@ def _random_start(model) -> Report:
     return Report("random start")
 
 
-def _weights_path(name: str, weights: str | Path | None) -> Path | None:
+def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:
     if weights is None:
         return None
+    if weights == "mini":
+        if name != TEACHER:
+            raise ValueError(f"Only SAM3 ships with mini weights, not {name}; notebook 17 trains a student of it.")
+        return SHIPPED / "sam3-mini.safetensors"
     if weights != "official":
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'official' or None.")
+            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
         return Path(weights)
-    if name not in IMAGES:
-        raise ValueError(f"{name} has no file of its own; give the path of one.")
-    path = weights_root() / IMAGES[name].file_name
+    path = weights_root() / (
+        SAM3_FILE if name == TEACHER else IMAGES[name].file_name if name in IMAGES else LITETEXT[text]
+    )
     if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}; download {IMAGES[name].checkpoint} to there.")
+        asked = name if name in IMAGES else f"{name}-{text[-1]}"
+        raise FileNotFoundError(
+            f"No checkpoint at {path}; get it by `python -m evsam_lib.fetch weights {asked}` "
+            "(EVSAM_WEIGHTS_ROOT names the folder)."
+        )
     return path
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTEXTS",
+    "FINE_TUNED",
     "IMAGES",
+    "LITETEXT",
     "MODELS",
     "SCALES",
     "TEACHER",
@@ -27,7 +29,6 @@ __all__ = [
     "configuration",
 ]
 
-EFFICIENTSAM3_URL = "https://huggingface.co/Simon7108528/EfficientSAM3/resolve/main/stage1_all_converted"
 VOCABULARY = 49_408  # CLIP's byte pairs
 
 
@@ -46,11 +47,6 @@ class ImageRow:
     width: int
     official: tuple[str, str]
     file_name: str
-
-    @property
-    def checkpoint(self) -> str:
-        """Address of the released weights."""
-        return f"{EFFICIENTSAM3_URL}/{self.file_name}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +120,14 @@ TEXTS: dict[str, TextRow] = {
     "ES-MC-M": TextRow("MobileCLIP-S1", 512, 8, 12),
     "ES-MC-L": TextRow("MobileCLIP2-L", 768, 12, 12),
 }
+# Other released files: students fine-tuned by clicks and boxes; SAM3's image tower with a student's text of 16 tokens.
+FINE_TUNED: dict[str, str] = {
+    name: IMAGES[name].file_name.replace(".pt", "_geo_ft.pt") for name in ("ES-EV-M", "ES-RV-M", "ES-TV-M")
+}
+LITETEXT: dict[str, str] = {
+    text: f"efficient_sam3_image_encoder_{size}_ctx16.pt"
+    for text, size in zip(TEXTS, ("mobileclip_s0", "mobileclip_s1", "mobileclip2_l"), strict=True)
+}
 TEACHER = "SAM3"
 MODELS: tuple[str, ...] = (TEACHER, "LiteText", *IMAGES)
 CONTEXTS = (16, 32, 77)  # tokens of a phrase that the released text students were made for
@@ -133,7 +137,7 @@ SCALES: dict[str, Scale] = {
         1008, (1024, 4736, 32, 16, 24, (7, 15, 23, 31)), 256, 8, 6, 3, 200, 2048, (1024, 24, 16), 4
     ),  # transformers' defaults are SAM3's
     # width: transformers cuts an object's pointer into pieces of 64, and fails where there is but one
-    "mini": Scale(224, (64, 256, 4, 4, 8, (1, 3)), 128, 4, 2, 1, 10, 256, (64, 2, 4), 1, text_share=0.125),
+    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 2, 3)), 128, 4, 2, 1, 16, 256, (64, 2, 4), 1, text_share=0.125),
 }
 PATCH = 14
 
@@ -154,7 +158,7 @@ def configuration(
         context: tokens of a phrase; None is 16, for SAM3's text 32, the only one it has.
         scale: "full" or "mini".
         image_size: side of the input in pixels, a multiple of 14, for SAM3's image tower of 14 times its window (336,
-            mini 112); None is the scale's (1008, mini 224).
+            mini 56); None is the scale's (1008, mini 168).
 
     Raises:
         ValueError: an unknown name, text or scale; a context or an image size that the model cannot have.
