@@ -16,11 +16,12 @@ ROOMS = [  # from the ground up; a room's modules import from lower rows alone
     {"prompts", "scores"},
     {"everything", "predict"},
     {"deploy", "evaluate", "training"},
+    {"bench"},
     {"sam3"},
-    {"bench", "fetch", "run", "widgets"},
+    {"fetch", "run", "widgets"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-ASKED_FOR = {("predict", "deploy")}  # inside a function: an engine that the caller names
+ASKED_FOR = {("predict", "deploy"), ("evaluate", "sam3")}  # inside a function: an engine, a model that the caller names
 HEAVY = ("torch", "timm", "transformers", "pandas", "matplotlib", "scipy", "papermill", "PIL")
 
 
