@@ -216,8 +216,8 @@ def _conditions(name: str, options: Options, ceilings: dict, started: datetime) 
     costs = count_model(name)
     return origin | {
         "scope": "image encoder",
-        "parameters_of_model": int(costs.loc["whole", "parameters"]),
-        "macs": int(costs.loc["image_encoder", "macs"]),
+        "parameters_of_model": int(costs["parameters"]["whole"]),
+        "macs": int(costs["macs"]["image_encoder"]),
         "gemm_flops": ceilings,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -12,6 +12,7 @@ Only the models that stand on timm need this: the study's own models, prediction
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,8 @@ def _operators_missing() -> bool:
 def _open_gate(torchvision) -> None:
     """Lets torchvision's Python functions run: each of them first asks whether the compiled operators are there."""
     gate = torchvision.extension._assert_has_ops
-    for name, module in list(sys.modules.items()):
+    loaded: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in loaded:
         if name.startswith("torchvision.") and getattr(module, "_assert_has_ops", None) is gate:
             module._assert_has_ops = lambda: None
 
@@ -67,7 +69,7 @@ def _open_gate(torchvision) -> None:
 def _leave_uncompiled() -> None:
     """Without its operators torchvision pools boxes (SAM3's examples) by a Python function that it compiles on first
     use: half a minute for the work of a millisecond. The function itself does as well."""
-    module = sys.modules["torchvision.ops.roi_align"]
+    module: Any = sys.modules["torchvision.ops.roi_align"]
     module._roi_align = getattr(module._roi_align, "__wrapped__", module._roi_align)
 
 
