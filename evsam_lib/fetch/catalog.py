@@ -13,7 +13,7 @@ from pathlib import Path
 
 from evsam_lib.fetch.download import HUGGING_FACE, FetchError, ensure, part_of, record_of
 from evsam_lib.fetch.unpack import BadArchive, marker_of, unpack
-from evsam_lib.models.zoo import ZOO, Entry
+from evsam_lib.models.zoo import ZOO
 
 __all__ = ["DATA", "Item", "Source", "choose", "fetch", "state", "weights"]
 
@@ -54,7 +54,7 @@ class Item:
     size: int | None = None
     rough_size: int | None = None
     members: str | None = None
-    makes: str | None = None
+    makes: str = ""
     count: int = 1
 
     @property
@@ -152,12 +152,16 @@ DATA: dict[str, Source] = {
 
 def weights() -> dict[str, Source]:
     """The zoo's models that have a released checkpoint, by name."""
-    return {name: Source("", entry.licence, (_checkpoint(entry),)) for name, entry in ZOO.items() if entry.checkpoint}
+    return {
+        name: Source("", entry.licence, (_checkpoint(entry.checkpoint, entry.sha256),))
+        for name, entry in ZOO.items()
+        if entry.checkpoint
+    }
 
 
-def _checkpoint(entry: Entry) -> Item:
-    name = entry.file_name
-    return Item(entry.checkpoint, sha256=entry.sha256, size=SIZES.get(name), rough_size=ROUGH_SIZES.get(name))
+def _checkpoint(url: str, sha256: str | None) -> Item:
+    name = url.rsplit("/", 1)[-1]
+    return Item(url, sha256=sha256, size=SIZES.get(name), rough_size=ROUGH_SIZES.get(name))
 
 
 def choose(names: Iterable[str], sources: dict[str, Source]) -> dict[str, Source]:
