@@ -218,8 +218,8 @@ def _conditions(name: str, options: Options, ceilings: dict, started: datetime) 
         origin
         | {
             "scope": "image encoder",
-            "parameters_of_model": int(costs.loc["whole", "parameters"]),
-            "macs": int(costs.loc["image_encoder", "macs"]),
+            "parameters_of_model": int(costs["parameters"]["whole"]),
+            "macs": int(costs["macs"]["image_encoder"]),
             "gemm_flops": ceilings,
         }
         | surroundings()

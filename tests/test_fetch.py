@@ -613,7 +613,7 @@ def test_data_sources_are_well_formed(name):
     for item in DATA[name].items:
         assert item.url.startswith("https://")
         assert item.sha256 is None or re.fullmatch("[0-9a-f]{64}", item.sha256)
-        assert (item.members is None) == (item.makes is None)
+        assert (item.members is None) == (item.makes == "")
         assert not Path(item.folder).is_absolute()
         if item.members is not None and DATA[name].by_hand is None:
             assert item.name.endswith(".zip")

@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("give a data root, or folders of your own, not both.")
         if options.limit is not None and options.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {options.limit}.")
-        root = None if any(own) else (options.root or _default_root()).absolute()
+        root: Path = Path() if any(own) else (options.root or _default_root()).absolute()
     except ValueError as error:
         print(f"evsam_lib.data.check: {error}", file=sys.stderr)
         return 2

@@ -112,6 +112,7 @@ def _scan(path: Path) -> np.ndarray:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
+                    # pyrefly: ignore[missing-attribute]: the stubs leave it out
                     tar.members.clear()  # it would keep them all
                     match = _MEMBER.fullmatch(PurePosixPath(member.name).name)
                     if match and member.isreg():

@@ -132,7 +132,7 @@ def _read(path: Path) -> tuple[dict, dict[int, dict], int] | None:
                 lines.setdefault(line["position"], line)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"Line {number} of {path} is damaged; delete the file and run again.") from error
-    return header, lines, whole
+    return None if header is None else (header, lines, whole)
 
 
 def _check_same(expected: dict, found: dict, path: Path) -> None:

@@ -131,7 +131,7 @@ def _download(
         path.parent.mkdir(parents=True, exist_ok=True)
         _bring(url, part, summed=expected is not None, size=size, room=room, token=token, say=say)
         found = _sum(part)
-        if expected not in (None, found):
+        if expected is not None and expected != found:
             _discard(part)
             raise FetchError(_wrong_sum(path, found, expected, public))
         part.replace(path)
@@ -323,7 +323,7 @@ def _wrong_sum(path: Path, found: str, expected: str, public: bool) -> str:
     return f"{text}. The sum is that of the first download: if the file was replaced for good, delete {record_of(path)}"
 
 
-def _network_fault(error: Exception | str) -> str:
+def _network_fault(error: BaseException | str) -> str:
     if isinstance(error, socket.gaierror):
         return "no network, or no such host"
     if isinstance(error, TimeoutError):

@@ -122,7 +122,7 @@ def whose_weights(
         likeness = {
             model: len(shapes & entries.items()) / len(shapes | entries.items()) for model, entries in known.items()
         }
-        best = max(likeness, key=likeness.get)
+        best = max(likeness, key=likeness.__getitem__)
         if likeness[best] >= 0.5 and (prefix or best != not_of):  # half of all names and shapes, or no claim is made
             start = f"Every name begins with {prefix!r}; without that" if prefix else "By names and shapes"
             entries = known[best].items()

@@ -6,7 +6,7 @@ official loader places what fits and passes over the rest; the model's `report` 
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -71,8 +71,8 @@ def load_sam3(
         path = _weights_path(name, weights, config.study["text"])
         state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
-        model = Sam3VideoModel(config)
-        model.report = _random_start(model) if state is None else _fill(model, state, path, without)
+        model: Any = Sam3VideoModel(config)
+        model.report = _random_start(model) if path is None or state is None else _fill(model, state, path, without)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -211,12 +211,13 @@ def _from_hub(repository: str, config):
     from transformers import Sam3VideoModel
 
     try:
-        model, info = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
+        loaded: Any = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise PermissionError(
             f"{repository} cannot be read: ask for access at https://huggingface.co/{repository}, then log in with "
             "`hf auth login`; or give a file's path, or use LiteText or a student."
         ) from error
+    model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{repository} does not fit transformers' Sam3VideoModel: {wrong}.")

@@ -50,17 +50,17 @@ def declared(notebook: Path) -> dict[str, Parameter]:
         raise UsageError(f"{notebook.name}: parameters cell, line {error.lineno}: {error.msg}") from None
     found = {}
     for line in lines:
-        target = line.target if isinstance(line, ast.AnnAssign) else None
-        if not isinstance(target, ast.Name) or line.value is None:
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or line.value is None:
             raise UsageError(
                 f"{notebook.name}: parameters cell, line {line.lineno}: expected `name: type = default`, "
                 f"got `{ast.unparse(line)}`"
             )
+        name = line.target.id
         try:
             default = ast.literal_eval(line.value)
         except ValueError:
-            raise UsageError(f"{notebook.name}: the default of {target.id} is no plain value") from None
-        found[target.id] = Parameter(target.id, ast.unparse(line.annotation), default)
+            raise UsageError(f"{notebook.name}: the default of {name} is no plain value") from None
+        found[name] = Parameter(name, ast.unparse(line.annotation), default)
     return found
 
 

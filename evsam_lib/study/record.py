@@ -154,7 +154,7 @@ class Study:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     _rows: dict[tuple, dict] = field(default_factory=dict, repr=False)
-    _metrics: dict[str, float] = field(default_factory=dict, repr=False)
+    _metrics: dict[str, float | None] = field(default_factory=dict, repr=False)
     _figures: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)  # suffix, file
     _files: list[str] = field(default_factory=list, repr=False)
     _inputs: list[dict] = field(default_factory=list, repr=False)

@@ -38,7 +38,7 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     parts = [_head(profile, cells), "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
     parts += ["# Every number the paper prints"]
-    parts += [_verdicts(name, rows) for name, rows in cells.groupby("table", sort=False)]
+    parts += [_verdicts(str(name), rows) for name, rows in cells.groupby("table", sort=False)]
     parts += [_runs(root, folders)]
     return write_text(root / "RESULTS.md", "\n\n".join(part for part in parts if part) + "\n")
 
@@ -81,7 +81,7 @@ def _section(folder: Path, table: pd.DataFrame) -> str:
     parts = [f"## {heading}", claim]
     for _, name, finding, caption in sorted(figures):
         parts.append(f"![{finding}]({folder.name}/figures/{name})\n\n*{finding}.{' ' + caption if caption else ''}*")
-    parts += [wide(name, rows) for name, rows in table.groupby("table", sort=False)]
+    parts += [wide(str(name), rows) for name, rows in table.groupby("table", sort=False)]
     parts.append(origin_line(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))))
     return "\n\n".join(part for part in parts if part)
 

@@ -28,7 +28,7 @@ MINI = (
 
 def read_table(folder: Path) -> pd.DataFrame:
     """The long rows of a result's table.csv; empty units stay empty text."""
-    table = pd.read_csv(folder / "table.csv", dtype=dict.fromkeys(("row", "column", "unit", "status"), str))
+    table = pd.read_csv(folder / "table.csv", dtype={"row": str, "column": str, "unit": str, "status": str})
     return table.fillna({"unit": ""})
 
 
@@ -36,7 +36,7 @@ def result_markdown(name: str, table: pd.DataFrame, origin: dict[str, Any]) -> s
     """The tables of one result as markdown, with a line that says where they came from."""
     parts = [f"# {name}"]
     parts += [MINI] if origin["profile"] == "mini" else []
-    parts += [wide(own, rows) for own, rows in table.groupby("table", sort=False)]
+    parts += [wide(str(own), rows) for own, rows in table.groupby("table", sort=False)]
     return "\n\n".join([*parts, origin_line(origin)]) + "\n"
 
 
@@ -52,7 +52,7 @@ def wide(name: str, rows: pd.DataFrame) -> str:
     return f"{heading}\n\n{pipes(frame.reset_index(names=''))}"
 
 
-def _value(cell: dict[str, Any]) -> str:
+def _value(cell: dict) -> str:
     if pd.isna(cell["value"]):
         return "not run" if str(cell["status"]).startswith("not run") else "–"
     return digits(cell["value"]) + (f" ± {digits(cell['spread'])}" if pd.notna(cell["spread"]) else "")
