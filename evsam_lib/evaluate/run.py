@@ -30,7 +30,7 @@ DATASETS = ("coco", "lvis", "sginw")
 
 
 def evaluate(
-    model: Sam,
+    model: Any,
     images: CocoImages,
     *,
     prompt: str = "gt-box",
@@ -57,7 +57,7 @@ def evaluate(
     """Measures a model on images with annotations.
 
     Args:
-        model: the model, on whatever device and in whatever dtype it is. Evaluation mode is set and put back.
+        model: a `Sam` or what has its interface, on any device, in any dtype. Evaluation mode is set and put back.
         images: images with annotations in COCO's form.
         prompt: "gt-box", the annotation's own box; "points", clicks simulated against the annotation's mask; or
             "detector-box", the boxes of `detections`, all of them, whatever their score.
