@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import CocoImages
-from .files import is_finite
+from .files import excerpt, is_finite
 
 __all__ = ["Detections"]
 
@@ -136,14 +136,16 @@ def _read(path: Path, images: CocoImages) -> tuple[tuple[np.ndarray, ...], Count
 
     try:
         content = json.loads(path.read_bytes(), object_hook=take)
-    except ValueError as error:  # also raised for bytes that are no text
-        raise ValueError(f"Detection file {path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are no text
+        raise ValueError(f"Detection file {path} is not valid JSON: {excerpt(error)}.") from error
     if not isinstance(content, list):
         raise ValueError(f"Detection file {path} must be a JSON list of detections, got {type(content).__name__}.")
     for index, record in enumerate(content):
         if record is not taken:
             lacks = ", ".join(sorted(_KEYS - set(record))) if isinstance(record, dict) else "everything"
-            raise ValueError(f"Detection {index} in {path} is {str(record)[:60]}, which lacks {lacks}.")
+            raise ValueError(f"Detection {index} in {path} is {excerpt(record, 60)}, which lacks {lacks}.")
+    if len(numbers) // 2 + sum(skipped.values()) != len(content):
+        raise ValueError(f"A detection in {path} holds another one, expected a flat list.")
     keys, rows = np.frombuffer(numbers, np.int64).reshape(-1, 2), np.frombuffer(values, np.float64).reshape(-1, 5)
     return (keys[:, 0], keys[:, 1], rows[:, 0], rows[:, 1:]), skipped, len(content)
 
@@ -153,11 +155,12 @@ def _unusable(record: dict, position: dict, categories: dict) -> str | None:
     image_id, category_id, box, score = record["image_id"], record["category_id"], record["bbox"], record["score"]
     if not isinstance(image_id, int | str) or image_id not in position:
         return _NO_IMAGE
-    if not isinstance(category_id, int) or (categories and category_id not in categories):
+    known = not categories or category_id in categories if isinstance(category_id, int) else False
+    if not known or abs(category_id) >= 2**63:
         return _NO_CATEGORY
     if not is_finite(score):
         return "detection whose score is no finite number"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)) or not is_finite(sum(map(abs, box))):
         return "detection whose box is not four finite numbers"
     return None
 

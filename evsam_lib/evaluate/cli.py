@@ -1,6 +1,7 @@
 """python -m evsam_lib.evaluate: the command line, alone, as one shard of several, or under torchrun."""
 
 import argparse
+import errno
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from evsam_lib.scores import COCO_EVALUATORS
 
 __all__ = ["main"]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns its exit status: 0, 2 for input that cannot be used, 130 if interrupted."""
@@ -24,7 +27,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(options)
     except (ValueError, OSError, ImportError) as error:  # OSError: missing and unreadable files
-        print(f"evsam_lib.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if getattr(error, "errno", None) in FULL:
+            text = f"{options.out} cannot be written: {error.strerror}; free some space, then --resume goes on."
+        print(f"evsam_lib.evaluate: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         part = parts.part_path(options.out, options.shard or _torchrun_shard() or (1, 1))
