@@ -39,6 +39,7 @@ from evsam_lib.evaluate import merge, parts
 from evsam_lib.models import weights
 from evsam_lib.study import begin, build_report, params
 from evsam_lib.training import checkpoint, loop
+from evsam_lib.widgets.pictures import to_rgb
 from tests.damage import ODD, Trap, broken, damaged, json_files, kept, little_memory, to_json
 
 EXAMPLES = int(os.environ.get("EVSAM_FUZZ", 0))
@@ -222,7 +223,10 @@ def test_pictures(sa1b, data):
     form = data.draw(st.sampled_from(["JPEG", "PNG", "BMP", "TIFF", "GIF", "WEBP", "PPM"]))
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture)).save(buffer, form)
-    (root / "images/sa_1.jpg").write_bytes(data.draw(damaged(buffer.getvalue())))
+    content = data.draw(damaged(buffer.getvalue()))
+    (root / "images/sa_1.jpg").write_bytes(content)
+    with kept(""):
+        assert to_rgb(content).shape[2] == 3  # as the widget takes it from a browser
     _read_all(Sa1bFolder(root), "sa_1", "image 1 in")
     for sentence in check.check_sa1b(root).problems:
         assert "sa_1" in sentence or "image 1 in" in sentence

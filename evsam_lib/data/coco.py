@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import decode_segmentation, excerpt, has_no_mask, image_hw, is_finite, read_json, read_rgb
+from .files import decode_segmentation, excerpt, has_no_mask, image_hw, is_finite, read_json, read_rgb, why_absent
 
 __all__ = ["CocoImage", "CocoImages"]
 
@@ -71,7 +71,7 @@ class CocoImages:
         """
         self.images_dir, self.annotations_json = Path(images_dir), Path(annotations_json)
         if not self.images_dir.is_dir():
-            raise FileNotFoundError(f"Image folder {self.images_dir} does not exist.")
+            raise FileNotFoundError(f"Image folder {self.images_dir} {why_absent(self.images_dir)}.")
         content = read_json(self.annotations_json, "images", "annotations")
         for key in ("images", "annotations", "categories"):
             if not isinstance(content.setdefault(key, []), list):

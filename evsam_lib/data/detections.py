@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import CocoImages
-from .files import excerpt, is_finite
+from .files import excerpt, is_finite, why_absent
 
 __all__ = ["Detections"]
 
@@ -118,7 +118,7 @@ class _ByImage(Mapping):
 def _read(path: Path, images: CocoImages) -> tuple[tuple[np.ndarray, ...], Counter, int]:
     """Position of the image, category, score and box (4,) of each usable detection; what was left out; how many all."""
     if not path.is_file():
-        raise FileNotFoundError(f"Detection file {path} does not exist.")
+        raise FileNotFoundError(f"Detection file {path} {why_absent(path)}.")
     position = {image.image_id: index for index, image in enumerate(images)}
     numbers, values, skipped, taken = array("q"), array("d"), Counter(), object()
 

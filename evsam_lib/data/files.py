@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "read_rgb",
     "rle_text",
+    "why_absent",
 ]
 
 _EXIF_ORIENTATION = 0x0112
@@ -46,7 +47,7 @@ def read_rgb(path: Path) -> np.ndarray:
         ValueError: if it is no readable picture, is cut short, or has more than 16 bits a channel.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Image {path} does not exist.")
+        raise FileNotFoundError(f"Image {path} {why_absent(path)}.")
     return decode_rgb(path, name=path)
 
 
@@ -89,8 +90,15 @@ def read_json(path: Path, *keys: str) -> dict:
         ValueError: if it is not JSON, not an object, or lacks a key.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Annotation file {path} does not exist.")
+        raise FileNotFoundError(f"Annotation file {path} {why_absent(path)}.")
     return parse_json(path.read_bytes(), *keys, name=path)
+
+
+def why_absent(path: Path) -> str:
+    """Why there is no such file, or no such folder: something else may have its name."""
+    if path.is_dir():
+        return "is a folder, expected a file"
+    return "is a file, expected a folder" if path.is_file() else "does not exist"
 
 
 def parse_json(content: bytes, *keys: str, name: str | Path) -> dict:
