@@ -189,7 +189,9 @@ def _run_one(notebook: Notebook, values: dict[str, Any], passed: dict[str, Any],
         _keep_report(copy, folder)
         raise
     except OSError as error:
-        raise NotebookError(f"cannot write under {shown(folder.parent)}: {error.strerror or error}") from error
+        which = f" ({error.filename})" if error.filename else ""
+        told = f"cannot write under {shown(folder.parent)}: {error.strerror or error}{which}"
+        raise NotebookError(told) from error
     shutil.rmtree(work_folder(folder, "files"), ignore_errors=True)
     return True
 

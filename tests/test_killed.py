@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -67,11 +66,11 @@ def test_ten_times_at_random_moments(place):
     good = 0
     for n in range(1, KILLS + 1):
         process = subprocess.Popen([*command, str(n)], start_new_session=True, **quiet)
-        with suppress(subprocess.TimeoutExpired):
+        try:
             process.wait(chance.uniform(0.2, 1.05) * usual_s)
-        with suppress(ProcessLookupError):
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # its kernel, in a group of its own, finds out within a second
-        process.wait()
+            process.wait()
         there = folder if folder.exists() else work_folder(folder, "old")  # between the two renames of `publish`
         assert whole(there) in (good, n)
         good = whole(there)

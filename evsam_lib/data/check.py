@@ -131,10 +131,8 @@ def check_coco(
 @lru_cache(maxsize=1)  # files of detections follow their annotation file, which may take a while to open
 def _open(images_dir: Path, annotations_json: Path) -> tuple[CocoImages | None, list[str]]:
     """The images, or what is wrong."""
-    told = [] if images_dir.is_dir() else [f"Image folder {images_dir} {why_absent(images_dir)}."]
-    told += (
-        [] if annotations_json.is_file() else [f"Annotation file {annotations_json} {why_absent(annotations_json)}."]
-    )
+    needed = (("Image folder", images_dir, Path.is_dir), ("Annotation file", annotations_json, Path.is_file))
+    told = [f"{what} {path} {why_absent(path)}." for what, path, is_there in needed if not is_there(path)]
     if told:
         return None, told
     try:

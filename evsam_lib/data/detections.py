@@ -155,8 +155,7 @@ def _unusable(record: dict, position: dict, categories: dict) -> str | None:
     image_id, category_id, box, score = record["image_id"], record["category_id"], record["bbox"], record["score"]
     if not isinstance(image_id, int | str) or image_id not in position:
         return _NO_IMAGE
-    known = not categories or category_id in categories if isinstance(category_id, int) else False
-    if not known or abs(category_id) >= 2**63:
+    if not isinstance(category_id, int) or abs(category_id) >= 2**63 or (categories and category_id not in categories):
         return _NO_CATEGORY
     if not is_finite(score):
         return "detection whose score is no finite number"

@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 _EXIF_ORIENTATION = 0x0112
-_LONGEST_SIDE = 65_535  # pixels; no JPEG has more
 _MOST_PIXELS = 178_956_970  # where Pillow refuses a picture too
 _FARTHEST = 1e6  # pixels; a polygon's coordinates beyond it, or an outline of more, would take gigabytes to draw
 LONGEST_NUMBER = 7  # characters of compressed counts: 35 bits, more than any image has pixels
@@ -132,7 +131,7 @@ def image_hw(height: object, width: object) -> tuple[int, int]:
         ValueError, TypeError, OverflowError: if these are no numbers, or no picture has that size.
     """
     size = int(height), int(width)
-    if min(size) < 1 or max(size) > _LONGEST_SIDE or size[0] * size[1] > _MOST_PIXELS:
+    if min(size) < 1 or size[0] * size[1] > _MOST_PIXELS:
         raise ValueError(f"no picture has {size[0]} x {size[1]} pixels (H x W)")
     return size
 

@@ -126,12 +126,8 @@ def _numbers(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.diff(starts)
     text_ends = np.cumsum([0, *map(len, texts)])
     first = np.searchsorted(starts, text_ends)
-    if (
-        (part < 0).any()
-        or (part > 63).any()
-        or (lengths > LONGEST_NUMBER).any()
-        or not np.isin(text_ends, starts).all()
-    ):
+    strange = (part < 0).any() or (part > 63).any()
+    if strange or (lengths > LONGEST_NUMBER).any() or not np.isin(text_ends, starts).all():
         raise ValueError("malformed counts")
     starts = starts[:-1]
     if not len(starts):

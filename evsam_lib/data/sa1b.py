@@ -172,7 +172,7 @@ def _list_images(root: Path) -> tuple[list[int], list[tuple[Path, Path]]]:
     """Ids, and JPEG and JSON, of all images: in the order of the id list, else by id."""
     listing = root / "sa_images_ids.txt"
     if listing.is_file():
-        lines = listing.read_text(encoding="ascii", errors="backslashreplace").split()
+        lines = listing.read_text(encoding="utf-8-sig", errors="backslashreplace").split()
         for line in lines:
             if not _NUMBER.fullmatch(line):
                 raise ValueError(f"{listing} must hold one image number a line, got {excerpt(line, 40)!r}.")

@@ -87,6 +87,7 @@ def load_strictly(
             how many and which first, and which known model they look like. The module is left as it was.
     """
     expected = module.state_dict()
+    real = {key: value.is_floating_point() for key, value in expected.items()}
     problems = [
         *_named("missing", [key for key in expected if key not in state]),
         *_named("unexpected", [key for key in state if key not in expected]),
@@ -103,7 +104,7 @@ def load_strictly(
             [
                 f"{key} {state[key].dtype} instead of {expected[key].dtype}"
                 for key in expected
-                if key in state and state[key].is_floating_point() != expected[key].is_floating_point()
+                if key in state and (state[key].is_complex() or state[key].is_floating_point() < real[key])
             ],
         ),
     ]
