@@ -4,8 +4,8 @@
 
 papermill executes; this adds what it leaves open. Unknown or mistyped parameters stop everything before anything runs;
 a notebook counts as run only if every cell ran and it saved its results, which are published then and not before; one
-that fails stops what builds on it and nothing else. Exit code 0: all ran; 1: some failed; 2: wrong request. Notebook
-00_start_here explains how to read the results.
+that fails stops what builds on it and nothing else. Exit code 0: all ran; 1: some failed; 2: wrong request; 130:
+interrupted. Notebook 00_start_here explains how to read the results.
 """
 
 import argparse
@@ -339,6 +339,9 @@ def main(arguments: list[str] | None = None) -> int:
     except params.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is published is whole, --resume goes on with the rest", file=sys.stderr)
+        return 130  # what a shell reports for Ctrl-C
     return 0 if whole else 1
 
 

@@ -67,13 +67,14 @@ def test_ten_times_at_random_moments(place):
     for n in range(1, KILLS + 1):
         process = subprocess.Popen([*command, str(n)], start_new_session=True, **quiet)
         try:
-            process.wait(chance.uniform(0.2, 1.05) * usual_s)
+            process.wait(chance.uniform(0.1, 1.0) * usual_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # its kernel, in a group of its own, finds out within a second
             process.wait()
         there = folder if folder.exists() else work_folder(folder, "old")  # between the two renames of `publish`
         assert whole(there) in (good, n)
         good = whole(there)
+    command.remove("--resume")
     subprocess.run([*command, "0"], check=True, **quiet)
     assert whole(folder) == 0
     ours, theirs = (json.loads((at / "metrics.json").read_text())["run_id"] for at in (folder, undisturbed))
@@ -97,7 +98,7 @@ def test_before_each_of_its_file_operations(place, monkeypatch):
         recover(folder)  # as the next start does
         assert whole(folder) in (good, operation)
         good = whole(folder)
-    assert good == operation > 40  # so many there are at least
+    assert good == operation > 30  # so many there are at least
     assert absent  # the moment between the two renames was met
     go(place, 0)
     assert whole(folder) == 0

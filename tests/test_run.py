@@ -131,6 +131,16 @@ class TestNoRoom:
         assert f"FAILED: cannot write under {place / 'results' / 'mini'}: {os.strerror(number)}\n" in out
         assert good.read_text() == "good"
 
+    def test_an_interrupt_says_how_to_go_on(self, place, capsys, monkeypatch):
+        write(place, "01_one")
+
+        def interrupt(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runner, "_execute", interrupt)
+        assert go(place) == 130
+        assert "--resume goes on" in capsys.readouterr().err
+
     def test_what_an_earlier_run_left_makes_room(self, place, monkeypatch):
         """Else a run that filled the disk with its own files could not be started again."""
         write(place, "01_one")
