@@ -146,7 +146,12 @@ def _read(path: Path) -> tuple[dict, dict[int, dict], int] | None:
 def _header(line: dict) -> dict:
     """The header, if it has what others look for in it; else ValueError, TypeError or KeyError."""
     settings = line["settings"]
-    whole = isinstance(line["jobs"], int) and isinstance(line["twice"], list) and "image_ids" in line
+    whole = (
+        type(line["jobs"]) is int
+        and 0 <= line["jobs"] < 2**63
+        and isinstance(line["twice"], list)
+        and "image_ids" in line
+    )
     if not whole or not isinstance(settings["rules"], dict) or not isinstance(settings.get("device", ""), str):
         raise ValueError("no header")
     return line
