@@ -69,7 +69,7 @@ workflow: $(SNAKEMAKE)
 	$(SNAKEMAKE) $(ARGS)
 
 clean:
-	rm -rf results/mini .pytest_cache .ruff_cache build dist
+	rm -rf results/mini .pytest_cache .ruff_cache .hypothesis build dist
 	@git checkout --quiet -- results/mini 2>/dev/null || true
 	find evsam_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 

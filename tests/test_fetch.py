@@ -304,6 +304,14 @@ def test_an_unknown_sum_is_recorded_and_holds(get, server, tmp_path, said):
     assert get()
 
 
+@pytest.mark.parametrize("record", [b"", b"x", b"\xff\xfe"])
+def test_a_damaged_record_of_a_sum(get, tmp_path, record):
+    get()
+    (tmp_path / "w" / "net.pt.sha256").write_bytes(record)
+    with pytest.raises(FetchError, match=r"net\.pt\.sha256 is damaged, expected a sha256 and a name: delete it"):
+        get()
+
+
 def test_the_sum_of_a_file_put_there_by_hand_is_recorded(get, server, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "net.pt").write_bytes(OTHER)

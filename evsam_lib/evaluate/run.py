@@ -194,11 +194,17 @@ def merge(files: list[Path], *, annotations: str | Path | None = None, evaluator
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: parts of different runs, or images that no part has.
+        ValueError: parts of different runs, images that no part has, or lines that cannot be scored.
     """
     header, lines = parts.join_parts(files)
     header["settings"] |= {} if annotations is None else {"annotations": str(annotations)}
-    return _finish(header, lines, evaluator=evaluator)
+    try:
+        return _finish(header, lines, evaluator=evaluator)
+    except (KeyError, TypeError, IndexError, OverflowError, AttributeError) as error:  # readable, but not our lines
+        names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+        raise ValueError(
+            f"{names} cannot be scored, a line is damaged: delete the damaged file and run again."
+        ) from error
 
 
 def _finish(header: dict, lines: list[dict], *, evaluator: str | None) -> dict:

@@ -308,7 +308,12 @@ def _sum(path: Path) -> str:
 
 def _recorded(path: Path) -> str | None:
     record = record_of(path)
-    return record.read_text(encoding="utf-8").split()[0] if record.is_file() else None
+    if not record.is_file():
+        return None
+    words = record.read_text(encoding="utf-8", errors="replace").split()
+    if not words or not re.fullmatch("[0-9a-f]{64}", words[0]):
+        raise FetchError(f"{record} is damaged, expected a sha256 and a name: delete it, and the next download counts")
+    return words[0]
 
 
 def _record(path: Path, found: str, say) -> None:

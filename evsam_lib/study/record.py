@@ -23,7 +23,7 @@ from .paths import digest, publish, recover, resolve, shown, work_folder
 from .picture import encode
 from .provenance import provenance
 from .reference import COMPUTED, GENERATED, MEASURED, compare
-from .tables import COLUMNS, read_table, result_markdown
+from .tables import COLUMNS, read_record, read_table, result_markdown
 
 __all__ = ["RUNNER", "Result", "Study", "begin"]
 
@@ -286,6 +286,7 @@ class Study:
 
         Raises:
             FileNotFoundError: it has not run yet; says which command runs it.
+            ValueError: a file of it is damaged.
         """
         folder = self.folder.parent / name
         recover(folder)
@@ -294,8 +295,7 @@ class Study:
                 f"{self.name} builds on {name}, and {shown(folder)} holds no result: "
                 f"run `python -m evsam_lib.run --profile {self.profile} {name[:2]}` first"
             )
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return Result(folder, metrics, read_table(folder))
+        return Result(folder, read_record(folder / "metrics.json", run_id=str), read_table(folder))
 
     def save(self) -> pd.DataFrame:
         """Write the result, whole or not at all, and return the comparison with the paper.
