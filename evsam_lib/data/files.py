@@ -6,7 +6,7 @@ Shared by the loaders of this package; explained in notebook 03.
 import json
 import math
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -124,7 +124,7 @@ def is_finite(value: object) -> bool:
         return False
 
 
-def image_hw(height: object, width: object) -> tuple[int, int]:
+def image_hw(height: Any, width: Any) -> tuple[int, int]:
     """The size of an image as an annotation file states it.
 
     Raises:

@@ -29,7 +29,7 @@ def main(words: list[str] | None = None) -> int:
         return _run(options)
     except (ValueError, OSError, ImportError) as error:  # OSError: missing and unreadable files
         text = " ".join(str(error).split())
-        if getattr(error, "errno", None) in FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             text = f"{options.out} cannot be written: {error.strerror}; free some space, then --resume goes on."
         print(f"evsam_lib.evaluate: {text}", file=sys.stderr)
         return 2

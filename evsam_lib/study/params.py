@@ -112,11 +112,13 @@ def _as_type(value: Any, annotation: str) -> Any:
         value = float(value)
     if type(value) is not _SCALARS[base]:
         raise TypeError(f"not {base}")
-    if base == "float" and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("results are kept as JSON, which has no infinity")
-    if (base == "int" and not -(2**63) <= value < 2**63) or (base == "str" and "\0" in value):
-        raise ValueError("beyond what tensors and paths can hold")
-    if base == "str":
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("beyond what tensors can hold")
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("beyond what paths can hold")
         value.encode("utf-8")  # or ValueError: typed under a locale that does not know the letters
     return value
 

@@ -41,10 +41,10 @@ def read_table(folder: Path) -> pd.DataFrame:
         ValueError: the file is damaged.
     """
     file = folder / "table.csv"
-    texts = dict.fromkeys(("table", "row", "column", "unit", "profile", "status", "run_id"), str)
+    types: dict[str, Any] = dict.fromkeys(("table", "row", "column", "unit", "profile", "status", "run_id"), str)
+    types |= dict.fromkeys(("value", "spread"), float)
     try:
-        numbers = dict.fromkeys(("value", "spread"), float)
-        table = pd.read_csv(file, dtype=texts | numbers, na_values=[""], keep_default_na=False)
+        table = pd.read_csv(file, dtype=types, na_values=[""], keep_default_na=False)
     except FileNotFoundError:
         raise
     except Exception as error:  # pandas' parser has its own kinds
