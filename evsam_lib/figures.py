@@ -40,6 +40,8 @@ _STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "figure.figsize": (7.0, 4.0),
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
     "font.size": 10,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
@@ -200,7 +202,7 @@ def panel(
     for spare in axes[len(images) :]:
         spare.remove()
     for ax, image, title in zip(axes, images, titles or [""] * len(images), strict=False):
-        show_image(image, ax, title=title)
+        show_image(image, ax).set_title(title, fontsize=10, fontweight="normal")  # the finding is the figure's title
     return figure, axes[: len(images)]
 
 

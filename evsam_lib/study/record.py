@@ -211,7 +211,9 @@ class Study:
         wide: dict[str, dict] = {}
         for record in records:
             wide.setdefault(record["row"], {})[record["column"]] = record["value"]
-        return pd.DataFrame.from_dict(wide, orient="index")
+        shown = pd.DataFrame.from_dict(wide, orient="index")
+        shown.columns.name = unit if isinstance(unit, str) and unit else None  # stands in the table's corner
+        return shown
 
     def metric(self, name: str, value: float) -> None:
         """Record one number for later notebooks; the name ends in its unit (`train_s`, `miou_percent`)."""
@@ -236,7 +238,7 @@ class Study:
         suffix, data, width = encode(fig, text)
         self._figures[name] = suffix, data
         plt.close(fig)  # else the inline backend shows it a second time
-        _show(data, text["Title"], width)
+        _show(data, text["Title"], width, caption=text["Description"])
 
     def file(self, name: str) -> Path:
         """A path to write to (a checkpoint, a log); `save` keeps the file with the result."""
@@ -358,14 +360,16 @@ def _number(value: Any, where: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _show(data: bytes, title: str, width: int) -> None:
-    """Display the very picture that is saved, where somebody looks."""
+def _show(data: bytes, title: str, width: int, *, caption: str) -> None:
+    """Display the very picture that is saved, and its caption below it, where somebody looks."""
     if "IPython" not in sys.modules:
         return
     from IPython import display, get_ipython
 
     if get_ipython() is not None:
         display.display(display.Image(data, width=width, alt=title))
+        if caption:
+            display.display(display.Markdown(f"*{caption.replace('*', chr(92) + '*')}*"))
 
 
 def _write_json(path: Path, values: dict) -> None:
