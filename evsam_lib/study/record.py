@@ -43,8 +43,8 @@ def begin(
     needs: Mapping[str | Path, str] | None = None,
     **parameters: Any,
 ) -> "Study":
-    """Open a study: check what it needs, resolve its folders, set torch's threads and the
-    folder of released checkpoints. Nothing else global is touched.
+    """Open a study: check what it needs, resolve its folders, set torch's threads, the folder of released checkpoints
+    and how wide a table's cell is shown. Nothing else global is touched.
 
     Args:
         name: the notebook's name, "NN_topic".
@@ -76,6 +76,7 @@ def begin(
     recover(folder)
     shutil.rmtree(work_folder(folder, "files"), ignore_errors=True)
     os.environ["EVSAM_WEIGHTS_ROOT"] = str(resolve(weights_root))  # where `load_model` looks for released checkpoints
+    pd.set_option("display.max_colwidth", 120)  # a verdict is read whole
     os.environ.setdefault("EVSAM_ENGINES_ROOT", str(resolve("engines")))  # what engines export stays beside the study
     return Study(
         name=name,
