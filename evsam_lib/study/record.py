@@ -233,7 +233,8 @@ class Study:
             raise ValueError(f"a figure's name is lower case with underscores, got {name!r}")
         from matplotlib import pyplot as plt
 
-        title = title or fig.get_suptitle() or next((ax.get_title() for ax in fig.axes if ax.get_title()), name)
+        named = (ax.get_title(loc=side) for ax in fig.axes for side in ("left", "center", "right"))
+        title = title or fig.get_suptitle() or next((text for text in named if text), name)
         order = list(self._figures).index(name) if name in self._figures else len(self._figures)
         text = {"Title": " ".join(title.split()), "Description": " ".join(caption.split()), "Order": str(order)}
         suffix, data, width = encode(fig, text)

@@ -55,7 +55,8 @@ def wide(name: str, rows: pd.DataFrame) -> str:
 def _value(cell: dict) -> str:
     if pd.isna(cell["value"]):
         return "not run" if str(cell["status"]).startswith("not run") else "–"
-    return digits(cell["value"]) + (f" ± {digits(cell['spread'])}" if pd.notna(cell["spread"]) else "")
+    spread = "" if pd.isna(cell["spread"]) else f" ± {digits(float(format(cell['spread'], '.2g')))}"
+    return digits(cell["value"]) + spread
 
 
 def digits(value: float) -> str:
@@ -70,7 +71,8 @@ def origin_line(origin: dict[str, Any]) -> str:
     """One line of provenance, for under a table."""
     sha = origin["git"]["sha"]
     commit = f"commit {sha[:10]}{' with local changes' if origin['git']['dirty'] else ''}" if sha else "no commit"
-    machine = origin["gpu"] or f"{origin['machine']['cpu']}, {origin['threads']} threads"
+    threads = f"{origin['threads']} thread{'' if origin['threads'] == 1 else 's'}"
+    machine = origin["gpu"] or f"{origin['machine']['cpu']}, {threads}"
     return (
         f"*Profile {origin['profile']}, run {origin['run_id']}, {origin['seconds']} s, seed {origin['seed']}, "
         f"{commit}, torch {origin['versions'].get('torch', 'absent')}, {machine}.*"
