@@ -17,7 +17,18 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-__all__ = ["PALETTE", "curve", "panel", "show_boxes", "show_image", "show_masks", "show_points", "split_bar", "style"]
+__all__ = [
+    "PALETTE",
+    "curve",
+    "label_color",
+    "panel",
+    "show_boxes",
+    "show_image",
+    "show_masks",
+    "show_points",
+    "split_bar",
+    "style",
+]
 
 # Okabe and Ito (2008), "Color Universal Design"; their black is left to text and axes.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -40,6 +51,8 @@ _STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "figure.figsize": (7.0, 4.0),
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
     "font.family": "DejaVu Sans",  # comes with matplotlib: never missing, and the same everywhere
     "font.size": 10,
     "grid.color": FAINT,
@@ -53,6 +66,18 @@ _STYLE = {
     "ytick.color": "#4A525B",
     "ytick.labelsize": 9,
 }
+
+
+def label_color(label: str) -> str:
+    """One colour for one model in all notebooks: EfficientViT-SAM blue, SAM dark, our trained students their own.
+
+    Args:
+        label: name of a row; what is not known is orange-red, as peers are.
+    """
+    known = {"random start": PALETTE[1], "random start, trained": PALETTE[1], "distilled": PALETTE[2]}
+    if label.startswith("EfficientViT-SAM"):
+        return PALETTE[0]
+    return INK if label.startswith("SAM-ViT") else known.get(label, PALETTE[5])
 
 
 def style() -> AbstractContextManager:
@@ -201,11 +226,20 @@ def panel(
     for spare in axes[len(images) :]:
         spare.remove()
     for ax, image, title in zip(axes, images, titles or [""] * len(images), strict=False):
-        show_image(image, ax, title=title)
+        show_image(image, ax).set_title(title, fontsize=10, fontweight="normal")  # the finding is the figure's title
     return figure, axes[: len(images)]
 
 
-def curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, window: int = 1, label: str | None = None) -> Axes:
+def curve(
+    ax: Axes,
+    frame: pd.DataFrame,
+    x: str,
+    y: str,
+    *,
+    window: int = 1,
+    label: str | None = None,
+    color: str | None = None,
+) -> Axes:
     """Draws a training curve: every value faintly, and their running median, which a few wild steps do not move.
 
     Args:
@@ -215,9 +249,10 @@ def curve(ax: Axes, frame: pd.DataFrame, x: str, y: str, *, window: int = 1, lab
         y: name of the column upwards.
         window: steps the median runs over; 1 draws the values themselves.
         label: name in the legend; `y` if None.
+        color: of both lines; the next of the style's colours if None.
     """
     middle = frame[y].rolling(window, center=True, min_periods=1).median()
-    (line,) = ax.plot(frame[x], middle, label=y if label is None else label)
+    (line,) = ax.plot(frame[x], middle, label=y if label is None else label, color=color)
     if window > 1:
         ax.plot(frame[x], frame[y], color=line.get_color(), alpha=0.25, linewidth=0.8, label="_all values")
     ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))

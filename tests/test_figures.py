@@ -139,3 +139,9 @@ def test_split_bar_has_a_piece_for_every_part():
     assert [piece.get_x() for piece in ax.patches] == [0.0, 1.0]
     assert [text.get_text() for text in ax.texts] == ["25%", "75%"]
     plt.close(fig)
+
+
+def test_a_model_has_one_color_under_each_of_its_names():
+    assert figures.label_color("EfficientViT-SAM-mini") == figures.label_color("EfficientViT-SAM-XL1")
+    labels = ("EfficientViT-SAM-L0", "SAM-ViT-H", "random start", "distilled", "distilled, trained")
+    assert len({figures.label_color(label) for label in labels}) == len(labels)

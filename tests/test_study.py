@@ -106,6 +106,14 @@ class TestSave:
         assert kept.stat().st_size < 150_000
         assert labels(kept) == {"Title": "Größe × 2", "Description": "A scene.", "Order": "0"}
 
+    def test_figure_is_named_by_its_title_wherever_that_stands(self, opened, tmp_path):
+        study = opened()
+        fig, ax = plt.subplots()
+        ax.set_title("It falls", loc="left")
+        study.figure(fig, "fall")
+        study.save()
+        assert labels(folder(tmp_path) / "figures" / "fall.png")["Title"] == "It falls"
+
     def test_later_notebooks_read_it(self, opened):
         first = opened("04_first")
         first.metric("l2", 0.25)
@@ -170,12 +178,14 @@ class TestReport:
     def test_gathers_what_there_is(self, opened, tmp_path):
         study = opened("01_architecture")
         study.table("table1", {"EfficientViT-SAM-L0": {"params": 34.792784}}, unit="M", status="computed")
+        assert study.table("own", {"a": {"x": 13.4567}}, unit="ms", spread=1024.2).columns.name == "ms"
         study.save()
         text = build_report(tmp_path / "results", "mini").read_text()
-        assert text.startswith("**Profile `mini`")
+        assert text.startswith("# EfficientViT-SAM: results of this study\n\n**Profile `mini`")
         assert "| EfficientViT-SAM-L0" in text
         assert "1 match" in text
         assert "not run: " in text
+        assert "13.46 ± 1000" in text
 
     def test_figures_stand_in_the_order_they_were_made_with_their_captions(self, opened, tmp_path):
         study = opened()

@@ -43,8 +43,8 @@ def begin(
     needs: Mapping[str | Path, str] | None = None,
     **parameters: Any,
 ) -> "Study":
-    """Open a study: check what it needs, resolve its folders, set torch's threads and the
-    folder of released checkpoints. Nothing else global is touched.
+    """Open a study: check what it needs, resolve its folders, set torch's threads, the folder of released checkpoints
+    and how wide a table's cell is shown. Nothing else global is touched.
 
     Args:
         name: the notebook's name, "NN_topic".
@@ -76,6 +76,7 @@ def begin(
     recover(folder)
     shutil.rmtree(work_folder(folder, "files"), ignore_errors=True)
     os.environ["EVSAM_WEIGHTS_ROOT"] = str(resolve(weights_root))  # where `load_model` looks for released checkpoints
+    pd.set_option("display.max_colwidth", 120)  # a verdict is read whole
     os.environ.setdefault("EVSAM_ENGINES_ROOT", str(resolve("engines")))  # what engines export stays beside the study
     return Study(
         name=name,
@@ -211,7 +212,9 @@ class Study:
         wide: dict[str, dict] = {}
         for record in records:
             wide.setdefault(record["row"], {})[record["column"]] = record["value"]
-        return pd.DataFrame.from_dict(wide, orient="index")
+        shown = pd.DataFrame.from_dict(wide, orient="index")
+        shown.columns.name = unit if isinstance(unit, str) and unit else None  # stands in the table's corner
+        return shown
 
     def metric(self, name: str, value: float) -> None:
         """Record one number for later notebooks; the name ends in its unit (`train_s`, `miou_percent`)."""
@@ -230,13 +233,14 @@ class Study:
             raise ValueError(f"a figure's name is lower case with underscores, got {name!r}")
         from matplotlib import pyplot as plt
 
-        title = title or fig.get_suptitle() or next((ax.get_title() for ax in fig.axes if ax.get_title()), name)
+        named = (ax.get_title(loc=side) for ax in fig.axes for side in ("left", "center", "right"))
+        title = title or fig.get_suptitle() or next((text for text in named if text), name)
         order = list(self._figures).index(name) if name in self._figures else len(self._figures)
         text = {"Title": " ".join(title.split()), "Description": " ".join(caption.split()), "Order": str(order)}
         suffix, data, width = encode(fig, text)
         self._figures[name] = suffix, data
         plt.close(fig)  # else the inline backend shows it a second time
-        _show(data, text["Title"], width)
+        _show(data, text["Title"], width, caption=text["Description"])
 
     def file(self, name: str) -> Path:
         """A path to write to (a checkpoint, a log); `save` keeps the file with the result."""
@@ -358,14 +362,16 @@ def _number(value: Any, where: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _show(data: bytes, title: str, width: int) -> None:
-    """Display the very picture that is saved, where somebody looks."""
+def _show(data: bytes, title: str, width: int, *, caption: str) -> None:
+    """Display the very picture that is saved, and its caption below it, where somebody looks."""
     if "IPython" not in sys.modules:
         return
     from IPython import display, get_ipython
 
     if get_ipython() is not None:
         display.display(display.Image(data, width=width, alt=title))
+        if caption:
+            display.display(display.Markdown(f"*{caption.replace('*', chr(92) + '*')}*"))
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -38,7 +38,7 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     cells = compare(pd.concat(filled) if filled else pd.DataFrame(columns=COLUMNS))
     parts = [_head(profile, cells), "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
-    parts += ["# Every number the paper prints"]
+    parts += ["# Every printed number"]
     parts += [_verdicts(str(name), rows) for name, rows in cells.groupby("table", sort=False)]
     parts += [_runs(root, folders)]
     return write_text(root / "RESULTS.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -64,10 +64,11 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
     warning = MINI if profile == "mini" else f"Profile `{profile}`."
     return "\n\n".join(
         [
-            warning,
             "# EfficientViT-SAM: results of this study",
+            warning,
             f"Of the {len(cells)} printed numbers: {summary}. "
-            "A number matches within half a unit of its last printed digit.",
+            "A number matches within half a unit of its last printed digit. After ± stands the spread over repeated "
+            "measurements; the notebook says of which kind.",
             pipes(counts.reset_index(names="paper")),
         ]
     )
@@ -110,7 +111,7 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 
 def _title_and_claim(folder: Path) -> tuple[str, str]:
-    """Heading and first sentence of the notebook, from its executed copy or its source; else the folder's name."""
+    """Heading and first paragraph of the notebook, from its executed copy or its source; else the folder's name."""
     for file in (folder / "run.ipynb", repo_root() / "notebooks" / f"{folder.name}.ipynb"):
         if file.is_file():
             from .params import UsageError, read_notebook  # takes seconds, and few who come here build a report
@@ -119,10 +120,11 @@ def _title_and_claim(folder: Path) -> tuple[str, str]:
                 cells = read_notebook(file).cells
             except UsageError as error:
                 raise damaged(file, error) from None
-            lines = [line.strip() for line in cells[0].source.splitlines() if line.strip()] if cells else []
-            if lines and lines[0].startswith("# "):
-                claim = lines[1] if len(lines) > 1 and not lines[1].startswith(("**", "#", "-", "|")) else ""
-                return re.sub(r"\s+", " ", lines[0][2:]), claim
+            paragraphs = re.split(r"\n\s*\n", cells[0].source.strip()) if cells else []
+            heading, *rest = (re.sub(r"\s+", " ", text).strip() for text in paragraphs or [""])
+            if heading.startswith("# "):
+                claim = rest[0] if rest and not rest[0].startswith(("**", "#", "-", "|")) else ""
+                return heading[2:].strip(), claim
     return folder.name.replace("_", " "), ""
 
 

@@ -44,7 +44,7 @@ def read_table(folder: Path) -> pd.DataFrame:
     types: dict[str, Any] = dict.fromkeys(("table", "row", "column", "unit", "profile", "status", "run_id"), str)
     types |= dict.fromkeys(("value", "spread"), float)
     try:
-        table = pd.read_csv(file, dtype=types, na_values=[""], keep_default_na=False)
+        table = pd.read_csv(file, dtype=types, na_values=[""], keep_default_na=False)  # pyrefly: ignore[no-matching-overload]
     except FileNotFoundError:
         raise
     except Exception as error:  # pandas' parser has its own kinds
@@ -107,7 +107,8 @@ def wide(name: str, rows: pd.DataFrame) -> str:
 def _value(cell: dict) -> str:
     if pd.isna(cell["value"]):
         return "not run" if str(cell["status"]).startswith("not run") else "–"
-    return digits(cell["value"]) + (f" ± {digits(cell['spread'])}" if pd.notna(cell["spread"]) else "")
+    spread = "" if pd.isna(cell["spread"]) else f" ± {digits(float(format(cell['spread'], '.2g')))}"
+    return digits(cell["value"]) + spread
 
 
 def digits(value: float) -> str:
@@ -122,7 +123,8 @@ def origin_line(origin: dict[str, Any]) -> str:
     """One line of provenance, for under a table."""
     sha = origin["git"]["sha"]
     commit = f"commit {sha[:10]}{' with local changes' if origin['git']['dirty'] else ''}" if sha else "no commit"
-    machine = origin["gpu"] or f"{origin['machine']['cpu']}, {origin['threads']} threads"
+    threads = f"{origin['threads']} thread{'' if origin['threads'] == 1 else 's'}"
+    machine = origin["gpu"] or f"{origin['machine']['cpu']}, {threads}"
     return (
         f"*Profile {origin['profile']}, run {origin['run_id']}, {origin['seconds']} s, seed {origin['seed']}, "
         f"{commit}, torch {origin['versions'].get('torch', 'absent')}, {machine}.*"
