@@ -143,6 +143,30 @@ def test_only_long_evaluations_are_taken_up_again(opened, tmp_path):
     assert own["out"] == folder / "lvis-points-distilled_trained-9.json"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("provenance.json", '{"run_id": "\\ud800"}'),  # half a letter, which could not be written again
+        ("provenance.json", "{}"),
+        ("metrics.json", "{"),
+        ("table.csv", "table,row\nx,y\n"),
+        ("run.ipynb", "{}"),
+        ("figures/rise.png", "no picture"),
+    ],
+)
+def test_a_damaged_result_is_named(opened, tmp_path, file, content):
+    study = opened("01_one")
+    study.table("own", {"a": {"x": 1}})
+    study.save()
+    place = folder(tmp_path, "01_one") / file
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(content)
+    with pytest.raises(ValueError, match=rf"{place.name} is damaged \(.*\): run that notebook again"):
+        opened("02_two").result("01_one") if file in ("metrics.json", "table.csv") else build_report(
+            tmp_path / "results"
+        )
+
+
 class TestRefusals:
     def test_missing_data_says_what_to_get(self, opened, tmp_path):
         with pytest.raises(FileNotFoundError, match="get COCO and put it there"):

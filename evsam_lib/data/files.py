@@ -226,7 +226,7 @@ def _check_polygons(polygons: list) -> None:
             raise ValueError("a polygon needs at least three x, y pairs")
         if not all(map(is_finite, polygon)):
             raise ValueError("a polygon holds something else than finite numbers")
-        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        corners = np.array(polygon, dtype=np.float64).reshape(-1, 2).clip(-2 * _FARTHEST, 2 * _FARTHEST)
         outline = abs(corners - np.roll(corners, 1, axis=0)).max(axis=1).sum()
         if max(outline, abs(corners).max()) > _FARTHEST:
             raise ValueError(f"a polygon is {outline:.3g} pixels around, beyond any image")

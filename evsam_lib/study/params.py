@@ -7,6 +7,7 @@ value`. Explained in notebook 00_start_here.
 
 import ast
 import difflib
+import json
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Mapping
@@ -44,6 +45,7 @@ def read_notebook(path: Path) -> nbformat.NotebookNode:
     try:
         book = nbformat.convert(nbformat.reader.reads(path.read_text(encoding="utf-8")), 4)
         nbformat.validate(book)
+        json.dumps(book, ensure_ascii=False).encode("utf-8")  # or ValueError: half a letter, which no file can hold
     except Exception as error:  # nbformat, its schema and JSON have many kinds
         raise UsageError(f"{path}: no readable notebook ({_one_line(error)})") from None
     return book

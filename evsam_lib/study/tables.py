@@ -70,6 +70,7 @@ def read_record(file: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # or ValueError: half a letter, which no report can hold
     except (ValueError, RecursionError) as error:  # ValueError also for bytes that are no text
         raise damaged(file, error) from error
     for name, kind in kinds.items():

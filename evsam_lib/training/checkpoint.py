@@ -168,7 +168,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         raise _damaged(path, error) from error
     own = dict(model.named_parameters())
     try:
-        _check(parts, own)
+        _check(parts, own, model.state_dict())
     except ValueError as error:
         raise _damaged(path, error) from error
     load_strictly(model, parts["weights"], source=str(path))
@@ -190,7 +190,7 @@ def _note(path: Path) -> dict[str, Any]:
     return note
 
 
-def _check(parts: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+def _check(parts: Mapping[str, Any], own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Whether all tensors have their names, shapes and kinds."""
     moments = parts["optimizer"]
     for key, value in moments.items():
@@ -205,9 +205,9 @@ def _check(parts: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
                 torch.Generator().set_state(value)
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"random.safetensors holds {name}, expected the state of a generator") from error
-    for name, value in (parts.get("ema") or {}).items():
-        if name not in own or value.shape != own[name].shape:
-            raise ValueError(f"ema.safetensors holds {name}, expected the model's parameters")
+    average = parts.get("ema")
+    if average is not None and {n: v.shape for n, v in average.items()} != {n: v.shape for n, v in state.items()}:
+        raise ValueError("ema.safetensors does not hold the model's tensors")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
