@@ -27,7 +27,7 @@ from evsam_lib.models.weights import read_state_dict, save_weights
 from evsam_lib.sam3.detect import detect, encode_coarsely, mixed, phrase_features
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.losses import concept_losses
-from evsam_lib.sam3.stage3 import ConceptObjective, ConceptStage, concept_batches
+from evsam_lib.sam3.stage3 import ConceptBatch, ConceptObjective, ConceptStage, concept_batches
 from evsam_lib.sam3.training import Stage, warm_cosine
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, autocast, fit
@@ -62,8 +62,8 @@ def main() -> None:
     if options.start is None:
         smooth_patches(model)
         local_heads(model)
-        spread_queries(model)
         widen(model)
+        spread_queries(model)
     head = cell_head(model)
     if options.head:
         head.load_state_dict(read_state_dict(options.head))
@@ -86,12 +86,20 @@ def main() -> None:
 
 @torch.no_grad()
 def spread_queries(model) -> None:
-    """Queries start from a grid of places, each a quarter of the image wide; transformers starts all in the middle."""
-    points = model.detector_model.detr_decoder.reference_points.weight  # (Q, 4), before the sigmoid
+    """Queries start on a grid, each looking at the cells around its place; transformers starts all in the middle.
+
+    What a query sees of a cell is weighed by a small network of the cell's distances to the sides of the query's box.
+    It starts as minus the distance to the box's middle, steeper from head to head.
+    """
+    decoder = model.detector_model.detr_decoder
+    points = decoder.reference_points.weight  # (Q, 4), before the sigmoid
     side = int(len(points) ** 0.5)
     places = (torch.arange(len(points)) % side + 0.5) / side, (torch.arange(len(points)) // side + 0.5) / side
-    boxes = torch.stack([*places, *[torch.full((len(points),), 0.25)] * 2], 1).clamp(0.02, 0.98)
+    boxes = torch.stack([*places, *[torch.full((len(points),), 0.2)] * 2], 1).clamp(0.02, 0.98)
     points.copy_(boxes.logit())
+    for part in (decoder.box_rpb_embed_x, decoder.box_rpb_embed_y):
+        part.layer1.weight[:2] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # left of the middle, right of it
+        part.layer2.weight[:, :2] = -(2.0 ** torch.arange(len(part.layer2.weight)))[:, None]
 
 
 @torch.no_grad()
@@ -310,7 +318,8 @@ class _TeacherObjective(ConceptObjective):
 
     def __init__(self, model, head: nn.Module, settings: ConceptStage) -> None:
         super().__init__(model, settings)
-        covered = nn.Linear(model.config.detector_config.detr_encoder_config.hidden_size, 1)
+        covered = nn.Linear(model.config.detector_config.detr_encoder_config.hidden_size, 5)
+        nn.init.zeros_(covered.weight)
         self.model = nn.ModuleDict({"sam3": model, "head": head, "covered": covered})
         self.trained = ("sam3.detector_model.", "head.", "covered.")
 
@@ -323,6 +332,27 @@ class _TeacherObjective(ConceptObjective):
     def prepare(self, batch: tuple) -> tuple:
         return super().prepare(batch[0]), batch[1]
 
+    def covered(self, mix: Tensor, asked: ConceptBatch, cells: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """How much of each cell a phrase covers, and where the sides of the thing in it are, told by the encoder.
+
+        Args:
+            mix: (P, T, C), the encoder's output.
+            asked: phrases and their instances.
+            cells: words, extent and boxes of the images' cells.
+
+        Returns:
+            () tensors: "loss", "covered", mean answers in covered cells ("there") and in others ("elsewhere"), and
+            the boxes' mean error ("around").
+        """
+        said, sides = self.model["covered"](mix).split([1, 4], -1)
+        wanted = F.avg_pool2d(asked.targets.masks.amax(1, keepdim=True), 4).flatten(1)  # (P, T)
+        entropy = F.binary_cross_entropy_with_logits(said[..., 0], wanted, reduction="none")
+        inside, share = wanted > 0.3, said[..., 0].sigmoid().detach()
+        around = (sides - cells[2][asked.image_of])[inside].abs().mean() if inside.any() else sides.sum() * 0
+        loss = (entropy * (1 + 4 * wanted)).mean() + 2 * around  # few cells are covered
+        told = {"covered": entropy.mean(), "there": share[inside].mean(), "elsewhere": share[~inside].mean()}
+        return {"loss": loss, "around": around} | told
+
     def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
         (asked, cells), model = batch, self.model["sam3"]
         fine = len(asked.masked) > 0
@@ -331,38 +361,29 @@ class _TeacherObjective(ConceptObjective):
             vision = encode(asked.frames)
             text, mask = phrase_features(model, asked.phrases)
             found = detect(model, vision, asked.image_of, text, mask, masked=asked.masked)
-            said = self.model["covered"](found.cells).squeeze(-1).float()  # (P, T)
         self.clock.mark("student")
         losses = concept_losses(found, asked.targets, self.settings.weights())
         told = cell_losses(self.model["head"](vision.last_hidden_state.float()), *cells)
-        wanted = F.avg_pool2d(asked.targets.masks.amax(1, keepdim=True), 4).flatten(1)  # (P, T)
-        covered = F.binary_cross_entropy_with_logits(said, wanted)
+        covered = self.covered(found.cells.float(), asked, cells)
         there = asked.targets.exists.any(1)
         right = ((found.presence[-1] > 0) == there).float().mean()
-        losses |= {"loss": losses["loss"] + 4 * told["loss"] + 40 * covered}
-        losses |= {"covered": covered.detach(), "form": told["form"], "right": right}
+        losses |= {"loss": losses["loss"] + 4 * told["loss"] + 20 * covered["loss"]}
+        losses |= {"covered": covered["covered"].detach(), "form": told["form"], "right": right}
         return losses | {"weight": torch.tensor(float(len(asked.phrases)))}
 
 
 class _WordsObjective(_TeacherObjective):
-    """Text and image meet: how much of each cell a phrase covers, told by the detector's encoder alone."""
+    """Text and image meet: the aid alone, behind neck, text and the detector's encoder."""
 
-    columns = ("loss", "covered", "there", "elsewhere")  # mean answer in covered cells, and in all others
+    columns = ("loss", "covered", "there", "elsewhere", "around")
 
     def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
-        asked, model = batch[0], self.model["sam3"]
+        (asked, cells), model = batch, self.model["sam3"]
         vision = encode_coarsely(model, asked.frames)
         text, mask = phrase_features(model, asked.phrases)
-        cells = mixed(model, vision, asked.image_of, text, mask)[0].last_hidden_state
-        said = self.model["covered"](cells).squeeze(-1)
+        mix = mixed(model, vision, asked.image_of, text, mask)[0].last_hidden_state
         self.clock.mark("student")
-        wanted = F.avg_pool2d(asked.targets.masks.amax(1, keepdim=True), 4).flatten(1)
-        entropy = F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
-        inside = wanted > 0.3
-        share = said.sigmoid().detach()
-        told = {"covered": entropy.mean(), "there": share[inside].mean(), "elsewhere": share[~inside].mean()}
-        weight = 1 + 4 * wanted  # few cells are covered
-        return {"loss": (entropy * weight).mean(), **told, "weight": torch.tensor(float(len(asked.phrases)))}
+        return self.covered(mix, asked, cells) | {"weight": torch.tensor(float(len(asked.phrases)))}
 
 
 if __name__ == "__main__":
