@@ -1,13 +1,16 @@
 """How the mini teacher that ships with this library was made: SAM3 at scale "mini", trained on generated concepts.
 
-    python -m evsam_lib.sam3.teach trunk --out OUT --steps 600
-    python -m evsam_lib.sam3.teach detector --out OUT --steps 1500
-    python -m evsam_lib.sam3.teach join --out OUT PART...
+    python -m evsam_lib.sam3.teach trunk --out OUT --steps 7300
+    python -m evsam_lib.sam3.teach words --out OUT --start OUT/trunk.safetensors --steps 350 ...
+    python -m evsam_lib.sam3.teach detector --out OUT --start OUT/words.safetensors --steps 1000 ...
+    python -m evsam_lib.sam3.teach measure --out OUT --start OUT/detector.safetensors --scenes 100
 
-From nothing, and on one core, a detector of this kind would take days. Two aids that a pretrained SAM3 does not need:
-the trunk first learns, cell by cell, what lies there (form, colour, texture, extent), which is cheap and dense; then,
-beside stage 3's losses, the detector's encoder is asked for each cell how much of it a phrase covers, and its queries
-start from a grid of places. The heads of both aids are thrown away. What was run is in weights/provenance.json.
+From nothing, and on one core, a detector of this kind would take days: it learns from few, late signals. So each part
+is first told, cell by cell, what it will need. The trunk learns what lies in a cell (form, colour, texture, extent),
+which is cheap and dense; then text, neck and encoder learn how much of a cell a phrase covers, and where the sides of
+that thing are; then, with that aid beside them, stage 3's losses train the whole. And each part starts from something
+kinder than noise: slow cosines, attention to neighbours, queries on a grid that look around them. The heads of the
+aids are thrown away. What was run is in weights/provenance.json.
 """
 
 import argparse
@@ -22,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evsam_lib.data.concepts import COLOURS, FORMS, TEXTURES, ConceptScene, Item, concept_scene
-from evsam_lib.data.saco import ConceptImage, as_concepts
+from evsam_lib.data.saco import ConceptImage, GeneratedConcepts, as_concepts
 from evsam_lib.models.weights import read_state_dict, save_weights
+from evsam_lib.sam3.answers import AS_TRAINED, WITHOUT, answers, score
 from evsam_lib.sam3.detect import detect, encode_coarsely, mixed, phrase_features
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.losses import concept_losses
@@ -43,11 +47,11 @@ FINE = 4  # parts of a cell's side in the extent that the trunk learns
 def main() -> None:
     """Runs one phase; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("trunk", "words", "detector"))
+    parser.add_argument("phase", choices=("trunk", "words", "detector", "measure"))
     parser.add_argument("--out", type=Path, required=True, help="folder of logs, checkpoints and NAME.safetensors")
     parser.add_argument("--start", type=Path, help="weights to start from; a random start without")
     parser.add_argument("--head", type=Path, help="the head that the phase before wrote beside its weights")
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--batch", type=int, default=16, help="images a step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--phrases", type=int, default=8)
@@ -59,6 +63,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(SEED)
     model = load_sam3("SAM3", options.start, scale="mini")
+    if options.phase == "measure":
+        print(json.dumps(measure(model, options.scenes), indent=2))
+        return
     if options.start is None:
         smooth_patches(model)
         local_heads(model)
@@ -148,6 +155,13 @@ def local_heads(model, *, focus: float = 0.7) -> None:
                 angle = -unit * reach * sides[head % 4][axis]
                 attention.q_proj.bias[place : place + 2] = torch.tensor([gain, 0.0])
                 attention.k_proj.bias[place : place + 2] = gain * torch.stack([angle.cos(), angle.sin()])
+
+
+def measure(model, scenes: int) -> dict[str, dict[str, float]]:
+    """cgF1 and its parts on held-out scenes, as trained and by the match alone."""
+    found = answers(model, GeneratedConcepts(SEED, scenes, model.config.image_size, first=SCENES))
+    ways = {"as trained": AS_TRAINED, "without presence": WITHOUT}
+    return {way: {k: round(v, 3) for k, v in vars(score(found, calibration=c)).items()} for way, c in ways.items()}
 
 
 # ---- the trunk, cell by cell
