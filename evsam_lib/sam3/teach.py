@@ -14,6 +14,7 @@ aids are thrown away. What was run is in weights/provenance.json.
 """
 
 import argparse
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from evsam_lib.sam3.stage3 import ConceptBatch, ConceptObjective, ConceptStage, 
 from evsam_lib.sam3.training import Stage, warm_cosine
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, autocast, fit
+from evsam_lib.training.losses import dice_loss
 
 __all__ = ["main", "spread_queries", "teach_detector", "teach_trunk"]
 
@@ -47,7 +49,7 @@ FINE = 4  # parts of a cell's side in the extent that the trunk learns
 def main() -> None:
     """Runs one phase; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("trunk", "words", "detector", "measure"))
+    parser.add_argument("phase", choices=("trunk", "words", "detector", "masks", "measure"))
     parser.add_argument("--out", type=Path, required=True, help="folder of logs, checkpoints and NAME.safetensors")
     parser.add_argument("--start", type=Path, help="weights to start from; a random start without")
     parser.add_argument("--head", type=Path, help="the head that the phase before wrote beside its weights")
@@ -83,7 +85,7 @@ def main() -> None:
     else:
         settings = ConceptStage(**shared, train="detector", phrases=options.phrases, masked=options.masked)
         frozen = options.frozen_trunk
-        how = {"first": options.first, "frozen": frozen, "words": options.phase == "words", "resume": options.resume}
+        how = {"first": options.first, "frozen": frozen, "phase": options.phase, "resume": options.resume}
         log = teach_detector(model, head, settings, out=out, **how)
     save_weights(model, options.out / f"{options.phase}.safetensors")
     save_weights(head, options.out / f"{options.phase}_head.safetensors")
@@ -295,7 +297,7 @@ class _Taught:
 
 def teach_detector(
     model, head: nn.Module, settings: ConceptStage, *, out: Path, first: int = 0, frozen: bool = False,
-    words: bool = False, resume: bool = False,
+    phase: str = "detector", resume: bool = False,
 ):  # fmt: skip
     """Trains everything but the tracker by stage 3's losses and both aids; returns the log.
 
@@ -306,14 +308,19 @@ def teach_detector(
         out: folder of logs and checkpoints.
         first: scene.
         frozen: the trunk stays as it is.
-        words: only neck, text and encoder learn, by the cells' aid alone.
+        phase: "words": neck, text and encoder learn, by the cells' aid alone; "masks": the neck's finer levels and
+            the mask decoder, on positive phrases; "detector": everything.
         resume: go on from the last checkpoint in `out`.
     """
     side = model.config.image_size
     plain = concept_batches([], settings, side=side)
 
     def make(record: tuple, generator: torch.Generator) -> tuple:
-        return plain.make(record[0], generator), record[1]
+        image, cells = record
+        if phase == "masks":
+            positive = tuple(phrase for phrase in image.phrases if len(phrase.masks))
+            image = dataclasses.replace(image, phrases=positive)
+        return plain.make(image, generator), cells
 
     def collate(samples: list[tuple]) -> tuple:
         asked, cells = zip(*samples, strict=True)
@@ -323,7 +330,7 @@ def teach_detector(
         model.detector_model.vision_encoder.backbone.requires_grad_(False)
     record = {"stage": "teach detector", "frozen": frozen}
     batches = Batches(_Taught(side, first), make, collate)
-    objective = _WordsObjective if words else _TeacherObjective
+    objective = {"words": _WordsObjective, "masks": _MasksObjective}.get(phase, _TeacherObjective)
     return fit(objective(model, head, settings), batches, settings, out=out, record=record, resume=resume)
 
 
@@ -398,6 +405,31 @@ class _WordsObjective(_TeacherObjective):
         mix = mixed(model, vision, asked.image_of, text, mask)[0].last_hidden_state
         self.clock.mark("student")
         return self.covered(mix, asked, cells) | {"weight": torch.tensor(float(len(asked.phrases)))}
+
+
+class _MasksObjective(_TeacherObjective):
+    """Masks alone, behind a detector that stays as it is; beside each query's mask the mask of all together."""
+
+    columns = ("loss", "mask", "dice", "together")
+
+    def __init__(self, model, head: nn.Module, settings: ConceptStage) -> None:
+        super().__init__(model, head, settings)
+        neck = "sam3.detector_model.vision_encoder.neck.fpn_layers."
+        self.trained = ("sam3.detector_model.mask_decoder.", f"{neck}0.", f"{neck}1.")
+
+    def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
+        asked, model = batch[0], self.model["sam3"]
+        vision = model.detector_model.vision_encoder(asked.frames)
+        with torch.no_grad():
+            text, mask = phrase_features(model, asked.phrases)
+        found = detect(model, vision, asked.image_of, text, mask, masked=asked.masked)
+        self.clock.mark("student")
+        losses, weights = concept_losses(found, asked.targets, self.settings.weights()), self.settings.weights()
+        wanted, said = asked.targets.masks[asked.masked].amax(1).flatten(1), found.together.flatten(1)
+        together = F.binary_cross_entropy_with_logits(said, wanted) + dice_loss(said, wanted).mean()
+        loss = weights.mask * losses["mask"] + weights.dice * (losses["dice"] + together)
+        told = {"mask": losses["mask"], "dice": losses["dice"], "together": together.detach()}
+        return {"loss": loss, **told, "weight": torch.tensor(float(len(asked.phrases)))}
 
 
 if __name__ == "__main__":
