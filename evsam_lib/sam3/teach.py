@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=6000, help="for the trunk; the detector sees none twice")
     parser.add_argument("--first", type=int, default=0, help="first scene")
     parser.add_argument("--frozen-trunk", action="store_true")
+    parser.add_argument("--from-whole", action="store_true", help="a query's mask starts as that of all together")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(SEED)
@@ -73,6 +74,8 @@ def main() -> None:
         local_heads(model)
         widen(model)
         spread_queries(model)
+    if options.from_whole:
+        masks_from_whole(model)
     head = cell_head(model)
     if options.head:
         head.load_state_dict(read_state_dict(options.head))
@@ -109,6 +112,17 @@ def spread_queries(model) -> None:
     for part in (decoder.box_rpb_embed_x, decoder.box_rpb_embed_y):
         part.layer1.weight[:2] = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])  # left of the middle, right of it
         part.layer2.weight[:, :2] = -(2.0 ** torch.arange(len(part.layer2.weight)))[:, None]
+
+
+@torch.no_grad()
+def masks_from_whole(model) -> None:
+    """Every query's mask starts as the mask of all instances together, which is learnt first, and learns to choose."""
+    decoder = model.detector_model.mask_decoder
+    last, pixel, whole = decoder.mask_embedder.layers[-1], decoder.instance_projection, decoder.semantic_projection
+    last.weight.mul_(0.1)
+    last.bias.mul_(0.1)
+    last.weight[0], last.bias[0] = 0.0, 1.0
+    pixel.weight[0], pixel.bias[0] = whole.weight[0], whole.bias[0]
 
 
 @torch.no_grad()
