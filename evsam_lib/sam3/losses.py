@@ -139,7 +139,7 @@ def concept_losses(found: Found, targets: Targets, weights: Weights) -> dict[str
         if last:
             parts |= {"presence": presence, **_mask_losses(found, targets, pairs)}
             total = total + weights.mask * parts["mask"] + weights.dice * parts["dice"]
-            return {"loss": total} | {name: value.detach() for name, value in parts.items()}
+            return {"loss": total} | parts
     raise ValueError("A loss needs the answers of at least one layer, got none.")
 
 
