@@ -13,6 +13,7 @@ from evsam_lib.data.saco import GeneratedConcepts, SacoImages, write_saco
 from evsam_lib.data.write import write_coco
 from evsam_lib.evaluate import evaluate
 from evsam_lib.evaluate import main as evaluate_main
+from evsam_lib.models.weights import SHIPPED
 from evsam_lib.predict import BatchPredictor, Predictor
 from evsam_lib.sam3 import Sam3Processor, bench, load_sam3, phrases, protocols
 from evsam_lib.sam3.as_sam import ClickModel
@@ -365,3 +366,27 @@ class TestTables:
         assert values == {"cgF1": 20, "pmF1": 30, "MCC": pytest.approx(0.6), "cgF1 Food": 10, "cgF1 Wiki": 30}
         assert {record["n"] for record in records} == {4, 6, 10}
         assert {record["status"] for record in records} == {"generated data"}
+
+
+class TestWeightsOfOthers:
+    """Files that are none of this model's are told apart in words, before any name is compared."""
+
+    def test_a_foreign_file(self, tmp_path):
+        torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "net.pt")
+        with pytest.raises(ValueError, match=r"holds no encoder of SAM3 or EfficientSAM3: its first name is 'conv.wei"):
+            load_sam3("ES-EV-S", tmp_path / "net.pt", scale="mini", image_size=112)
+
+    def test_sams_file_is_not_sam3s(self):
+        with pytest.raises(ValueError, match="holds no encoder of SAM3 or EfficientSAM3"):
+            load_sam3("SAM3", SHIPPED / "sam-vit-mini.safetensors", scale="mini")
+
+    def test_a_part_that_there_is_not(self):
+        with pytest.raises(ValueError, match="Unknown part 'text' to do without; there are tracker, geometry"):
+            load_sam3("ES-EV-S", scale="mini", without=("text",))
+
+    def test_released_files_that_are_not_here(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("EVSAM_WEIGHTS_ROOT", str(tmp_path))
+        with pytest.raises(FileNotFoundError, match=r"python -m evsam_lib.fetch weights LiteText-L"):
+            load_sam3("LiteText", "official", text="ES-MC-L")
+        with pytest.raises(ValueError, match="LiteText with the text encoder SAM3 has no released file"):
+            load_sam3("LiteText", "official", text="SAM3")
