@@ -1,7 +1,7 @@
 """The report: every result of a profile, gathered into one page that reads like a paper's results section.
 
-`results/<profile>/RESULTS.md`: the count of verdicts, a section per notebook with its figures and tables, and the
-verdict on every number the paper prints. Made by notebook 20_report.
+`results/<profile>/RESULTS.md`: the count of verdicts, the two families side by side, a section per notebook with its
+figures and tables, and the verdict on every number the paper prints. Made by notebook 20_report.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from .families import side_by_side
 from .paths import repo_root, resolve, write_text
 from .reference import GENERATED, compare, kind
 from .tables import COLUMNS, MINI, digits, origin_line, pipes, read_table, title, wide
@@ -35,7 +36,9 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     tables = [read_table(folder) for folder in folders]
     filled = [table for table in tables if len(table)]
     cells = compare(pd.concat(filled) if filled else pd.DataFrame(columns=COLUMNS))
-    parts = [_head(profile, cells), "# What the notebooks found"]
+    metrics = {folder.name: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders}
+    beside = side_by_side({f.name: table for f, table in zip(folders, tables, strict=True) if len(table)}, metrics)
+    parts = [_head(profile, cells), beside, "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
     parts += ["# Every number the paper prints"]
     parts += [_verdicts(name, rows) for name, rows in cells.groupby("table", sort=False)]
@@ -64,7 +67,7 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
     return "\n\n".join(
         [
             warning,
-            "# EfficientViT-SAM: results of this study",
+            "# EfficientViT-SAM and EfficientSAM3: results of this study",
             f"Of the {len(cells)} printed numbers: {summary}. "
             "A number matches within half a unit of its last printed digit.",
             pipes(counts.reset_index(names="paper")),
