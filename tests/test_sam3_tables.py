@@ -1,6 +1,8 @@
 """SAM3's clicks in the study's own evaluation, its seconds part by part, and the protocols that need weights."""
 
 import json
+import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,10 @@ import torch
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.saco import GeneratedConcepts, SacoImages, write_saco
 from evsam_lib.data.write import write_coco
-from evsam_lib.evaluate import evaluate
+from evsam_lib.evaluate import cli, evaluate
 from evsam_lib.evaluate import main as evaluate_main
 from evsam_lib.models.weights import SHIPPED
+from evsam_lib.models.zoo import ZOO
 from evsam_lib.predict import BatchPredictor, Predictor
 from evsam_lib.sam3 import Sam3Processor, bench, load_sam3, phrases, protocols
 from evsam_lib.sam3.as_sam import ClickModel
@@ -22,6 +25,7 @@ from evsam_lib.sam3.phrases import CocoPhrases, evaluate_phrases
 from evsam_lib.sam3.protocols import BOX_ROWS, PHRASE_ROWS, Row, box_table, phrase_table
 from evsam_lib.sam3.zoo import IMAGES
 from evsam_lib.study import paper
+from evsam_lib.study.paths import repo_root
 from tests.golden import fill
 
 IMAGE = fill.reference_image(60, 90)
@@ -390,3 +394,36 @@ class TestWeightsOfOthers:
             load_sam3("LiteText", "official", text="ES-MC-L")
         with pytest.raises(ValueError, match="LiteText with the text encoder SAM3 has no released file"):
             load_sam3("LiteText", "official", text="SAM3")
+
+
+class TestReadme:
+    """What the README prints for EfficientSAM3 runs: its code on small weights, its commands as far as their words."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def text(cls):
+        return (repo_root() / "README.md").read_text()
+
+    def test_the_quick_start(self, text, model, monkeypatch):
+        (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Sam3Processor" in c]
+        asked = []
+        monkeypatch.setattr("evsam_lib.sam3.load.load_sam3", lambda *a, **k: asked.append((a, k)) or model)
+        names = {"image": IMAGE}
+        exec(code, names)
+        assert asked == [(("ES-EV-S", "efficient_sam3_efficientvit_s.pt"), {"text": "SAM3"})]
+        assert names["found"].masks.shape[1:] == IMAGE.shape[:2] and 0 <= names["found"].presence <= 1
+
+    def test_the_commands_are_understood(self, text):
+        parsers = {"evsam_lib.evaluate": cli._parser(), "evsam_lib.sam3.phrases": phrases._parser()}
+        parsers |= {"evsam_lib.sam3.bench": bench._parser()}
+        lines = text.replace("\\\n", " ").splitlines()
+        found = [
+            shlex.split(line, comments=True)
+            for line in lines
+            if re.match(r"\.venv/bin/python -m evsam_lib\.(sam3|ev)", line)
+        ]
+        assert {words[2] for words in found} == set(parsers)
+        for words in found:
+            options = parsers[words[2]].parse_args(words[3:])
+            model = getattr(options, "model", None)
+            assert model is None or model in {*IMAGES, *ZOO}
