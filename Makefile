@@ -6,7 +6,7 @@
 #   make test                    all tests
 #   make quick                   the tests that take seconds
 #   make workflow ARGS=-n        Snakemake, for a cluster: what would run (see Snakefile and README)
-#   make clean                   remove mini results and caches
+#   make clean                   back to the mini results that came with the repository, caches removed
 #   make distclean               remove .venv too
 #
 # PYTHON=python3.12 chooses the interpreter that .venv is made from (3.11, 3.12 or 3.13).
@@ -69,7 +69,8 @@ workflow: $(SNAKEMAKE)
 	$(SNAKEMAKE) $(ARGS)
 
 clean:
-	rm -rf results/mini .pytest_cache .ruff_cache build dist
+	rm -rf results/mini .pytest_cache .ruff_cache .hypothesis build dist
+	@git checkout --quiet -- results/mini 2>/dev/null || true
 	find evsam_lib tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 distclean: clean

@@ -18,6 +18,7 @@ import os
 import secrets
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -218,8 +219,8 @@ def _conditions(name: str, options: Options, ceilings: dict, started: datetime) 
         origin
         | {
             "scope": "image encoder",
-            "parameters_of_model": int(costs.loc["whole", "parameters"]),
-            "macs": int(costs.loc["image_encoder", "macs"]),
+            "parameters_of_model": int(costs["parameters"]["whole"]),
+            "macs": int(costs["macs"]["image_encoder"]),
             "gemm_flops": ceilings,
         }
         | surroundings()
@@ -286,13 +287,24 @@ def read(folder: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: it holds no samples.
+        ValueError: a file in it is damaged, or is no file of samples.
     """
     files = sorted(Path(folder).glob("*.json"))
     if not files:
         raise FileNotFoundError(
             f"No samples (*.json) in {folder}; make them by `python -m evsam_lib.bench --out {folder}`."
         )
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [_samples(file) for file in files]
+
+
+def _samples(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        table([found])
+        _machine(found["conditions"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} holds no samples of a benchmark, or is damaged: remove it, or time again.") from error
+    return found
 
 
 def write_table(folder: str | Path) -> pd.DataFrame:
@@ -327,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(rounded(write_table(given.table)).to_string(index=False))
             return 0
         return _run(given)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # OSError: missing files, and where one cannot write
         print(f"evsam_lib.bench: {error}", file=sys.stderr)
         return 2
 
@@ -339,12 +351,14 @@ def _run(given: argparse.Namespace) -> int:
         raise ValueError(f"Unknown model {unknown[0]!r}; the zoo has {', '.join(ZOO)}.")
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.out:  # before anything is timed
+        given.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=given.out).close()
     results = []
     for name in given.models:
         results.append(bench_model(name, options, say=lambda line: print(line, flush=True)))
         if given.out:
             text = json.dumps(results[-1], indent=1, default=str) + "\n"
-            given.out.mkdir(parents=True, exist_ok=True)
             write_text(given.out / f"{name}.json", text)
         gc.collect()
     rows = write_table(given.out) if given.out else table(results)

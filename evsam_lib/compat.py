@@ -12,6 +12,7 @@ Only the models that stand on timm need this: the study's own models, prediction
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,8 @@ def _operators_missing() -> bool:
 def _open_gate(torchvision) -> None:
     """Lets torchvision's Python functions run: each of them first asks whether the compiled operators are there."""
     gate = torchvision.extension._assert_has_ops
-    for name, module in list(sys.modules.items()):
+    loaded: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in loaded:
         if name.startswith("torchvision.") and getattr(module, "_assert_has_ops", None) is gate:
             module._assert_has_ops = lambda: None
 
@@ -68,7 +70,8 @@ def _pool_by_products() -> None:
     """Without its operators torchvision pools boxes (SAM3's examples) by a Python function that takes the samples of
     every cell for every box, and compiles itself on first use. `_roi_align` does as well, in a thousandth of the
     time."""
-    sys.modules["torchvision.ops.roi_align"]._roi_align = _roi_align
+    module: Any = sys.modules["torchvision.ops.roi_align"]
+    module._roi_align = _roi_align
 
 
 def _roi_align(

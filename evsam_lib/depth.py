@@ -68,7 +68,9 @@ def _blocks_to_outside(crop: np.ndarray) -> np.ndarray:
     full = (padded.view(np.uint64) == _FULL).reshape(height, _BLOCK, width).all(axis=1)
     if not full.any():
         return np.zeros(full.shape)
-    return distance_transform_edt(np.pad(full, 1))[1:-1, 1:-1]
+    # pyrefly: ignore[bad-assignment]: the stub does not say what the flags make of the return
+    distance: np.ndarray = distance_transform_edt(np.pad(full, 1))
+    return distance[1:-1, 1:-1]
 
 
 def _by_bits(crop: np.ndarray, clicked: np.ndarray, at_least: int) -> tuple[int, int, int]:

@@ -40,6 +40,7 @@ _STYLE = {
     "figure.constrained_layout.use": True,
     "figure.dpi": 110,
     "figure.figsize": (7.0, 4.0),
+    "font.family": "DejaVu Sans",  # comes with matplotlib: never missing, and the same everywhere
     "font.size": 10,
     "grid.color": FAINT,
     "grid.linewidth": 0.6,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evsam_lib.models.sam import Sam, stability_score
+from evsam_lib.models.sam import Promptable, Sam, stability_score
 
 __all__ = ["BatchPredictor", "Predictor"]
 
@@ -24,7 +24,7 @@ class Predictor:
     """Masks for prompts on one image.
 
     Args:
-        model: the model.
+        model: a `Sam`, or one that is behind an engine already.
         engine: what runs it, a key of `evsam_lib.deploy.engines.ENGINES`, such as "compile" or "openvino".
         precision: of the image encoder in that engine: "fp32", "bf16" or "fp16".
 
@@ -32,14 +32,21 @@ class Predictor:
         model: the model, behind the engine.
         features: (1, C, h, w) tensor, the image's embedding, or None before `set_image`.
         original_size: (H, W) of the image, or None.
+
+    Raises:
+        ValueError: an engine for what is no `Sam`, or see `with_engine`.
     """
 
-    def __init__(self, model: Sam, *, engine: str = "eager", precision: str = "fp32"):
+    def __init__(self, model: Promptable, *, engine: str = "eager", precision: str = "fp32"):
+        self.model = model
         if (engine, precision) != ("eager", "fp32"):
+            if not isinstance(model, Sam):
+                raise ValueError(
+                    f"An engine is made from a Sam, got {type(model).__name__}; give it without an engine."
+                )
             from evsam_lib.deploy.engines import with_engine  # above this module, and most need none of them
 
-            model = with_engine(model, engine, precision=precision)
-        self.model = model
+            self.model = with_engine(model, engine, precision=precision)
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -90,7 +97,8 @@ class Predictor:
             ValueError: no prompt, or one of another shape.
         """
         low_res, iou = self.predict_low_res(point_coords, point_labels, box, mask_input, multimask_output)
-        return self._upscaled(low_res[None], return_logits)[0], iou.cpu().numpy(), low_res.cpu().numpy()
+        _, size = self._image()
+        return self._upscaled(low_res[None], size, return_logits)[0], iou.cpu().numpy(), low_res.cpu().numpy()
 
     @torch.inference_mode()
     def predict_low_res(
@@ -108,15 +116,16 @@ class Predictor:
         Returns:
             Low-res logits (K, 4h, 4w) and predicted IoU (K,), float32 tensors on the model's device.
         """
-        self._require_image()
+        features, size = self._image()
         if point_coords is None and box is None and mask_input is None:
             raise ValueError("A prompt needs points, a box or a mask, none was given.")
         points, labels = _points(point_coords, point_labels, ("P",))
         boxes = None if box is None else _array("box", np.reshape(box, -1) if np.size(box) == 4 else box, (4,))
-        coords, codes = self._tokens(*(None if x is None else x[None] for x in (points, labels, boxes)))
+        coords, codes = self._tokens(*(None if x is None else x[None] for x in (points, labels, boxes)), size=size)
         masks = None if mask_input is None else self._mask_input(mask_input)
-        options = {"mask_input": masks, "multimask_output": multimask_output, "image_code": self._code}
-        low_res, iou = self.model.decode(self.features, coords, codes, **options)
+        low_res, iou = self.model.decode(
+            features, coords, codes, mask_input=masks, multimask_output=multimask_output, image_code=self._code
+        )
         return low_res[0, 0].float(), iou[0, 0].float()
 
     @torch.inference_mode()
@@ -151,7 +160,7 @@ class Predictor:
             RuntimeError: no image was set.
             ValueError: prompts of another shape, or an unknown `select`.
         """
-        self._require_image()
+        features, size = self._image()
         if select not in ("all", "best"):
             raise ValueError(f"select must be 'all' or 'best', got {select!r}.")
         if boxes is None and points is None:
@@ -160,33 +169,35 @@ class Predictor:
         boxes = None if boxes is None else _array("boxes", boxes, ("N", 4))
         if boxes is not None and points is not None and len(boxes) != len(points):
             raise ValueError(f"As many boxes as point prompts are needed, got {len(boxes)} and {len(points)}.")
-        coords, codes = self._tokens(points, labels, boxes)  # (1, N, T, 2), (1, N, T)
+        coords, codes = self._tokens(points, labels, boxes, size)  # (1, N, T, 2), (1, N, T)
         parts = []
         chunk = chunk or _chunk(self.model)
         for start in range(0, max(coords.shape[1], 1), chunk):  # at least once, so that no prompts have a shape too
             part = slice(start, start + chunk)
-            low_res, iou = self.model.decode(self.features, coords[:, part], codes[:, part], image_code=self._code)
+            low_res, iou = self.model.decode(features, coords[:, part], codes[:, part], image_code=self._code)
             low_res, iou = low_res[0].float(), iou[0].float()  # (n, 3, 4h, 4w), (n, 3)
             if select == "best":
                 best = self.model.quality(low_res, iou).argmax(dim=1)[:, None]  # first of equals, as officially
                 low_res, iou = low_res.take_along_dim(best[..., None, None], dim=1), iou.take_along_dim(best, dim=1)
-            parts.append((self._upscaled(low_res, return_logits), iou.cpu().numpy(), low_res.cpu().numpy()))
+            parts.append((self._upscaled(low_res, size, return_logits), iou.cpu().numpy(), low_res.cpu().numpy()))
         masks, ious, logits = (np.concatenate(column) for column in zip(*parts, strict=True))
         return (masks, ious, logits) if select == "all" else (masks[:, 0], ious[:, 0], logits[:, 0])
 
-    def _require_image(self) -> None:
-        if self.features is None:
+    def _image(self) -> tuple[Tensor, tuple[int, int]]:
+        """Its embedding and size."""
+        if self.features is None or self.original_size is None:
             raise RuntimeError("No image is set: call set_image(image) before asking for masks.")
+        return self.features, self.original_size
 
-    def _tokens(self, points, labels, boxes) -> tuple[Tensor, Tensor]:
+    def _tokens(self, points, labels, boxes, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Arrays in image pixels, first axis N, to prompt tokens (1, N, T, 2) and labels on the model's device."""
         if points is None and boxes is None:  # a mask prompt alone
             coords, codes = torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0, dtype=torch.long)
         else:
             coords, codes = self.model.prompt_encoder.tokens(
-                None if points is None else self.model.to_frame(points, self.original_size)[None],
+                None if points is None else self.model.to_frame(points, size)[None],
                 None if labels is None else torch.as_tensor(labels)[None],
-                None if boxes is None else self.model.to_frame(boxes, self.original_size)[None],
+                None if boxes is None else self.model.to_frame(boxes, size)[None],
             )
         return coords.to(self.model.device), codes.to(self.model.device)
 
@@ -195,8 +206,8 @@ class Predictor:
         mask = _array("mask_input", mask_input, (1, side, side))
         return torch.from_numpy(mask)[None, None].to(self.model.device)
 
-    def _upscaled(self, low_res: Tensor, return_logits: bool) -> np.ndarray:
-        logits = self.model.upscale(low_res, self.original_size)
+    def _upscaled(self, low_res: Tensor, size: tuple[int, int], return_logits: bool) -> np.ndarray:
+        logits = self.model.upscale(low_res, size)
         return (logits if return_logits else logits > self.model.mask_threshold).cpu().numpy()
 
 
@@ -277,8 +288,9 @@ class BatchPredictor:
             return
         coords, codes = self._tokens(owners, boxes, points, labels)
         for start, stop in self._chunks(owners):
-            low_res = self._best(owners[start:stop], coords[start:stop], codes[start:stop])  # (n, 4h, 4w)
-            for first, last in _runs(owners[start:stop]):
+            part = slice(start, stop)
+            low_res = self._best(self.features, owners[part], coords[part], codes[part])  # (n, 4h, 4w)
+            for first, last in _runs(owners[part]):
                 masks = self._upscaled(low_res[first:last], self.sizes[owners[start + first]])
                 yield slice(start + first, start + last), masks
 
@@ -298,27 +310,32 @@ class BatchPredictor:
 
     def _chunks(self, owners: np.ndarray) -> Iterator[tuple[int, int]]:
         """First and last + 1 of prompts decoded together. A CPU gains by sharing one image, a GPU by full chunks."""
-        runs = _runs(owners) if self.features.device.type == "cpu" else [(0, len(owners))]
+        runs = _runs(owners) if self.model.device.type == "cpu" else [(0, len(owners))]
         for first, last in runs:
             for start in range(first, last, self.chunk):
                 yield start, min(start + self.chunk, last)
 
     @torch.inference_mode()
-    def _best(self, owners: np.ndarray, coords: Tensor, codes: Tensor) -> Tensor:
+    def _best(self, features: Tensor, owners: np.ndarray, coords: Tensor, codes: Tensor) -> Tensor:
         """The chosen low-res logits (n, 4h, 4w) of n prompts with T tokens each."""
         shared = owners[0] == owners[-1]
-        features = self.features[owners[:1] if shared else owners]  # (1 or n, C, h, w)
+        features = features[owners[:1] if shared else owners]  # (1 or n, C, h, w)
         lead = (1, len(owners)) if shared else (len(owners), 1)  # images, prompts of each
-        coords, codes = coords.unflatten(0, lead), codes.unflatten(0, lead)
-        mask_input = None
-        for _ in range(self.refine + 1):
-            options = {"mask_input": mask_input, "multimask_output": self.choose != "single"}
-            options["image_code"] = self._code
-            low_res, iou = (x.flatten(0, 1).float() for x in self.model.decode(features, coords, codes, **options))
-            best = self._quality(low_res, iou).argmax(dim=1)  # first of equals, as officially
-            low_res = low_res.take_along_dim(best[:, None, None, None], dim=1)  # (n, 1, 4h, 4w)
-            mask_input = low_res.unflatten(0, lead)
+        prompts = features, coords.unflatten(0, lead), codes.unflatten(0, lead)
+        low_res = self._chosen(*prompts, None)
+        for _ in range(self.refine):
+            low_res = self._chosen(*prompts, low_res.unflatten(0, lead))
         return low_res[:, 0]
+
+    def _chosen(self, features: Tensor, coords: Tensor, codes: Tensor, mask_input: Tensor | None) -> Tensor:
+        """One mask of each prompt: low-res logits (n, 1, 4h, 4w)."""
+        answer = self.model.decode(
+            features, coords, codes,
+            mask_input=mask_input, multimask_output=self.choose != "single", image_code=self._code,
+        )  # fmt: skip
+        low_res, iou = (x.flatten(0, 1).float() for x in answer)
+        best = self._quality(low_res, iou).argmax(dim=1)  # first of equals, as officially
+        return low_res.take_along_dim(best[:, None, None, None], dim=1)
 
     def _quality(self, low_res: Tensor, iou: Tensor) -> Tensor:
         if self.choose == "stability":
@@ -330,7 +347,7 @@ class BatchPredictor:
         return (self.model.upscale(low_res[:, None], size)[:, 0] > self.model.mask_threshold).cpu().numpy()
 
 
-def _chunk(model: Sam) -> int:
+def _chunk(model: Promptable) -> int:
     return 2 if model.device.type == "cpu" else 256  # a CPU's caches are small
 
 

@@ -4,8 +4,8 @@
 
 papermill executes; this adds what it leaves open. Unknown or mistyped parameters stop everything before anything runs;
 a notebook counts as run only if every cell ran and it saved its results, which are published then and not before; one
-that fails stops what builds on it and nothing else. Exit code 0: all ran; 1: some failed; 2: wrong request. Notebook
-00_start_here explains how to read the results.
+that fails stops what builds on it and nothing else. Exit code 0: all ran; 1: some failed; 2: wrong request; 130:
+interrupted. Notebook 00_start_here explains how to read the results.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from papermill.exceptions import PapermillExecutionError
 from evsam_lib.study import params
 from evsam_lib.study.paths import digest, publish, repo_root, resolve, shown, work_folder, write_text
 from evsam_lib.study.record import RUNNER
+from evsam_lib.study.report import build_report
 
 __all__ = ["main", "run"]
 
@@ -119,6 +121,7 @@ def run(
     )
     logging.getLogger("papermill").setLevel(logging.ERROR)
     failed: dict[str, str] = {}
+    touched: set[Path] = set()
     began = time.monotonic()
     for number, notebook in enumerate(selected, start=1):
         print(f"[{number}/{len(selected)}] {notebook.name} ... ", end="", flush=True)
@@ -129,10 +132,14 @@ def run(
             if blocked:
                 raise NotebookError(f"not started, it builds on {', '.join(blocked)}")
             done = _run_one(notebook, values, passed[notebook.name], resume=resume)
+            touched.update([_results(values)] if done else [])
             print(f"{time.monotonic() - started:.0f} s ok" if done else "up to date", flush=True)
         except NotebookError as error:
             failed[notebook.name] = str(error)
             print(f"{time.monotonic() - started:.0f} s FAILED: {error}", flush=True)
+    for results in touched:
+        if (results / "RESULTS.md").is_file():  # notebook 20 made it once; from then on it tells what lies beside it
+            build_report(results.parent, results.name)
     print(
         f"{len(selected) - len(failed)} of {len(selected)} notebooks ran whole, {time.monotonic() - began:.0f} s in all"
     )
@@ -142,8 +149,11 @@ def run(
 def _notebooks(folder: Path) -> list[Notebook]:
     found = []
     for path in sorted(folder.glob("[0-9][0-9]_*.ipynb")):
-        metadata = nbformat.read(path, as_version=4).metadata
-        found.append(Notebook(path, tuple(metadata.get("evsam", {}).get("needs", ()))))
+        evsam = params.read_notebook(path).metadata.get("evsam", {})
+        needs = evsam.get("needs", []) if isinstance(evsam, dict) else None
+        if not isinstance(needs, list) or not all(isinstance(name, str) for name in needs):
+            raise params.UsageError(f"{path}: metadata evsam.needs must be a list of notebooks' names")
+        found.append(Notebook(path, tuple(needs)))
     if not found:
         raise params.UsageError(f"no notebooks (NN_topic.ipynb) in {shown(folder)}")
     return found
@@ -164,28 +174,34 @@ def _select(chosen: list[str], every: list[Notebook]) -> list[Notebook]:
     return [notebook for notebook in every if notebook.name in wanted]
 
 
+def _results(values: dict[str, Any]) -> Path:
+    return resolve(values.get("results_root", "results")) / values.get("profile", "mini")
+
+
 def _run_one(notebook: Notebook, values: dict[str, Any], passed: dict[str, Any], *, resume: bool) -> bool:
     """Runs one notebook and publishes its result; False if it was up to date already."""
-    folder = resolve(values.get("results_root", "results")) / values.get("profile", "mini") / notebook.name
+    folder = _results(values) / notebook.name
     stamp = {"parameters": values, "code": _code_digest(notebook.path), "inputs": _input_runs(notebook, folder.parent)}
     if resume and _read_stamp(folder) == json.loads(json.dumps(stamp)) and _inputs_stand(folder):
         return False
     ready, copy = work_folder(folder, "ready"), work_folder(folder, "ipynb")
     try:
-        shutil.rmtree(ready, ignore_errors=True)
+        for stage in ("ready", "new", "files"):  # of a killed run, or of one that filled the disk
+            shutil.rmtree(work_folder(folder, stage), ignore_errors=True)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.unlink(missing_ok=True)
         _execute(notebook, copy, passed, timeout_s=TIMEOUT_S.get(str(values.get("profile"))))
         _check_whole(copy, ready)
+        _move_book(copy, ready / "run.ipynb", folder)
+        write_text(ready / "stamp.json", json.dumps(stamp, indent=2) + "\n")
+        publish(ready, folder)
     except NotebookError:
-        if copy.is_file():  # the error report; an earlier good result beside it stays
-            folder.mkdir(parents=True, exist_ok=True)
-            _move_book(copy, folder / "failed.ipynb", folder)
+        _keep_report(copy, folder)
         raise
     except OSError as error:
-        raise NotebookError(f"cannot write under {shown(folder.parent)}: {error}") from error
-    _move_book(copy, ready / "run.ipynb", folder)
-    write_text(ready / "stamp.json", json.dumps(stamp, indent=2) + "\n")
-    publish(ready, folder)
+        which = f" ({error.filename})" if error.filename else ""
+        told = f"cannot write under {shown(folder.parent)}: {error.strerror or error}{which}"
+        raise NotebookError(told) from error
     shutil.rmtree(work_folder(folder, "files"), ignore_errors=True)
     return True
 
@@ -228,7 +244,10 @@ def _literal(path: Path) -> str:
 
 def _check_whole(copy: Path, ready: Path) -> None:
     """Every cell ran (an early `sys.exit(0)` passes papermill silently) and the results were saved."""
-    book = nbformat.read(copy, as_version=4)
+    try:
+        book = params.read_notebook(copy)
+    except params.UsageError as error:
+        raise NotebookError(f"its executed copy was not written whole: {error}") from None
     for position, cell in enumerate(book.cells, start=1):
         if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None:
             raise NotebookError(f"cell {position} and what follows never ran; does a cell end the kernel?")
@@ -236,9 +255,17 @@ def _check_whole(copy: Path, ready: Path) -> None:
         raise NotebookError("it ran, but never called study.save()")
 
 
+def _keep_report(copy: Path, folder: Path) -> None:
+    """Leaves the executed cells of a failed run beside an earlier good result, if there is room for them."""
+    with suppress(OSError, params.UsageError):
+        if copy.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _move_book(copy, folder / "failed.ipynb", folder)
+
+
 def _move_book(copy: Path, place: Path, folder: Path) -> None:
     """Puts an executed notebook in its place; the paths papermill notes in it become relative to the repository."""
-    book = nbformat.read(copy, as_version=4)
+    book = params.read_notebook(copy)
     noted = book.metadata.get("papermill", {})
     if noted:
         noted["input_path"], noted["output_path"] = shown(noted["input_path"]), shown(folder / place.name)
@@ -249,7 +276,7 @@ def _move_book(copy: Path, place: Path, folder: Path) -> None:
 def _code_digest(notebook: Path) -> str:
     """sha256 of what a result depends on in code: the notebook's cells and the library."""
     total = hashlib.sha256()
-    for cell in nbformat.read(notebook, as_version=4).cells:
+    for cell in params.read_notebook(notebook).cells:
         total.update(f"{cell.cell_type}\n{cell.source}\n".encode())
     library = Path(__file__).resolve().parent
     for file in sorted(library.rglob("*.py")):
@@ -267,23 +294,30 @@ def _input_runs(notebook: Notebook, results: Path) -> dict[str, str | None]:
     for name in names:
         file = results / name / "metrics.json"
         if name != notebook.name:
-            runs[name] = json.loads(file.read_text(encoding="utf-8"))["run_id"] if file.is_file() else None
+            runs[name] = _record(file).get("run_id")
     return runs
 
 
 def _read_stamp(folder: Path) -> dict[str, Any] | None:
-    file = folder / "stamp.json"
-    return (
-        json.loads(file.read_text(encoding="utf-8"))
-        if file.is_file() and not (folder / "failed.ipynb").exists()
-        else None
-    )
+    return None if (folder / "failed.ipynb").exists() else _record(folder / "stamp.json")
 
 
 def _inputs_stand(folder: Path) -> bool:
     """Whether the data sets and checkpoints that a result noted (`Study.input`) are as they were."""
-    noted = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["inputs"]
-    return all(resolve(one["path"]).exists() and digest(resolve(one["path"])) == one["sha256"] for one in noted)
+    try:
+        noted = [(resolve(one["path"]), one["sha256"]) for one in _record(folder / "provenance.json")["inputs"]]
+        return all(path.exists() and digest(path) == sha256 for path, sha256 in noted)
+    except (KeyError, TypeError, ValueError, OSError):  # a damaged note is no promise
+        return False
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What a result's JSON file says; nothing where it is absent or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -315,6 +349,9 @@ def main(arguments: list[str] | None = None) -> int:
     except params.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is published is whole, --resume goes on with the rest", file=sys.stderr)
+        return 130  # what a shell reports for Ctrl-C
     return 0 if whole else 1
 
 

@@ -6,6 +6,7 @@ import tempfile
 # Before anything imports torch or matplotlib; inherited by the processes and kernels that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "evsam-hypothesis"))  # noqa: PTH118
 
 import pytest
 

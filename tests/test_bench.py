@@ -195,6 +195,23 @@ def test_wrong_requests(command, words, capsys):
     assert re.search(words, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"runs": [], "conditions": {}}', '{"runs": [{}]}', "[" * 3000]
+)
+def test_damaged_samples(tmp_path, capsys, content):
+    (tmp_path / "x.json").write_text(content)
+    assert main(["--table", str(tmp_path)]) == 2
+    assert "x.json holds no samples of a benchmark, or is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "table.csv").exists()
+
+
+def test_where_nothing_can_be_written_nothing_is_timed(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench, "bench_model", lambda *arguments, **options: pytest.fail("timed"))
+    assert main(["--models", "efficientvit-sam-mini", "--out", str(tmp_path / "file")]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="Device 'cuda' needs a CUDA GPU"):

@@ -112,6 +112,7 @@ def test_detections(tmp_path):
     assert check_detections(path, folder, annotations).notes == {"detection whose score is no finite number": 1}
     path.write_text("{}")
     assert "must be a JSON list" in check_detections(path, folder, annotations).problems[0]
+    assert check_detections(tmp_path, folder, annotations).problems[0].endswith("is a folder, expected a file.")
     assert "cannot be checked without" in check_detections(path, folder, tmp_path / "absent.json").problems[0]
 
 

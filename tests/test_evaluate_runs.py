@@ -1,6 +1,7 @@
 """Whole runs on generated data: detector boxes to AP, rules, batches, shards, kill and resume, and unusable input."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -401,6 +402,23 @@ def test_an_interrupt_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
         patch.setattr(CocoImages, "read", interrupt)
         assert ev.main(command(data, out)) == 130
     assert "--resume" in capsys.readouterr().err and ev.part_path(out).is_file()
+    assert ev.main(command(data, out, "--resume")) == 0 and out.is_file()
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on(data, tmp_path, capsys, monkeypatch):
+    out, append = tmp_path / "x.json", parts.append
+
+    def full(part, lines):
+        if part.tell():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(part, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "append", full)
+        assert ev.main(command(data, out)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"evsam_lib.evaluate: {out} cannot be written: No space left on device; free some space")
+    assert not out.exists()
     assert ev.main(command(data, out, "--resume")) == 0 and out.is_file()
 
 

@@ -304,6 +304,14 @@ def test_an_unknown_sum_is_recorded_and_holds(get, server, tmp_path, said):
     assert get()
 
 
+@pytest.mark.parametrize("record", [b"", b"x", b"\xff\xfe"])
+def test_a_damaged_record_of_a_sum(get, tmp_path, record):
+    get()
+    (tmp_path / "w" / "net.pt.sha256").write_bytes(record)
+    with pytest.raises(FetchError, match=r"net\.pt\.sha256 is damaged, expected a sha256 and a name: delete it"):
+        get()
+
+
 def test_the_sum_of_a_file_put_there_by_hand_is_recorded(get, server, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "net.pt").write_bytes(OTHER)
@@ -613,7 +621,7 @@ def test_data_sources_are_well_formed(name):
     for item in DATA[name].items:
         assert item.url.startswith("https://")
         assert item.sha256 is None or re.fullmatch("[0-9a-f]{64}", item.sha256)
-        assert (item.members is None) == (item.makes is None)
+        assert (item.members is None) == (item.makes == "")
         assert not Path(item.folder).is_absolute()
         if item.members is not None and DATA[name].by_hand is None:
             assert item.name.endswith(".zip")

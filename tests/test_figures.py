@@ -36,6 +36,20 @@ def test_style_is_gone_after_the_block():
     assert dict(plt.rcParams) == before
 
 
+def test_no_font_is_missed_whatever_the_user_has_set(tmp_path, caplog, monkeypatch):
+    """matplotlib warns for every text of every drawing; a figure is drawn after the block, where it is saved."""
+    monkeypatch.setitem(plt.rcParams, "font.family", ["No Such Font"])
+    with figures.style():
+        figure, ax = plt.subplots(figsize=(2, 2))
+        ax.plot([0, 1], label="y – ü")
+        ax.set(title="It rises", xlabel="x")
+        ax.legend()
+    ax.set_xlim(0, 1000)
+    figure.savefig(tmp_path / "a.png")
+    plt.close(figure)
+    assert not [record for record in caplog.records if "findfont" in record.message]
+
+
 def test_image_keeps_its_pixels_and_has_no_axes(ax):
     assert ax.get_xlim() == (-0.5, 29.5)
     assert ax.get_ylim() == (19.5, -0.5)

@@ -36,7 +36,7 @@ class TestMini:
         origin = json.loads((folder / "provenance.json").read_text())
         assert origin["profile"] == "mini"
         assert (folder / "run.ipynb").is_file()
-        assert list(folder.glob("figures/*.png"))
+        assert list(folder.glob("figures/*.*"))
         assert not (folder / "failed.ipynb").exists()
 
     def test_no_mini_number_passes_for_a_paper_number(self, results):

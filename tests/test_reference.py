@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # models x columns, as printed
 SIZES = {"table1": 9 * 4, "table2": 2 * 6, "table3": 2 * 8, "table4": 9 * 8, "table5": 2 * 8, "sginw": 2}
 SIZES |= {"efficientsam3": 13, "efficientsam3_boxes": 9 + 3 + 9, "efficientsam3_concepts": 8 + 2 + 3 * 3 + 1}
-# of DESIGN: notebooks that make printed numbers
+# notebooks that make printed numbers
 PLANNED = {"01", "06", "07", "08", "09", "10", "11", "12", "16", "17", "19"}
 
 

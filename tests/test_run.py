@@ -1,6 +1,8 @@
 """The runner: strict before, honest after. Tiny notebooks are made and really executed."""
 
+import errno
 import json
+import os
 import sys
 
 import nbformat
@@ -78,9 +80,106 @@ class TestRefusals:
         assert go(place) == 2
         assert "expected `name: type = default`, got `n = 3`" in capsys.readouterr().err
 
+    def test_a_folder_where_a_file_of_parameters_belongs(self, place, capsys):
+        write(place, "01_one")
+        (place / "params" / "local.yaml").mkdir()
+        assert go(place) == 2
+        assert "local.yaml: expected a file of lines `name: value` (Is a directory)" in capsys.readouterr().err
+
+    def test_a_damaged_notebook(self, place, capsys):
+        write(place, "01_one")
+        file = place / "notebooks" / "01_one.ipynb"
+        file.write_text(file.read_text()[:100])
+        assert go(place) == 2
+        assert "01_one.ipynb: no readable notebook" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("folder", ["a\0b", "f\udcc3\udcbcr"])  # the second: typed in UTF-8 under LC_ALL=C
+    def test_no_name_of_a_folder(self, place, capsys, folder):
+        write(place, "01_one")
+        assert go(place, "-p", "results_root", folder) == 2
+        assert "-p: results_root must be str, got" in capsys.readouterr().err
+
     def test_no_notebooks(self, place, capsys):
         assert go(place) == 2
         assert "no notebooks" in capsys.readouterr().err
+
+
+class TestNoRoom:
+    """A disk that is full or read-only: one sentence, exit code 1, and the last good result stays."""
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+    @pytest.mark.parametrize("step", ["papermill.execute_notebook", "_move_book", "write_text", "publish"])
+    def test_is_said(self, place, capsys, monkeypatch, number, step):
+        write(place, "01_one")
+        good = result(place, "01_one", "table.csv")
+        good.parent.mkdir(parents=True)
+        good.write_text("good")
+
+        def fail(*arguments, **options):
+            raise OSError(number, os.strerror(number))
+
+        if step != "papermill.execute_notebook":
+            monkeypatch.setattr(runner, "_execute", lambda *arguments, **options: None)
+            monkeypatch.setattr(runner, "_check_whole", lambda *arguments: None)
+        if step in ("write_text", "publish"):
+            monkeypatch.setattr(runner, "_move_book", lambda *arguments: None)
+        if step == "publish":
+            monkeypatch.setattr(runner, "write_text", lambda *arguments: None)
+        monkeypatch.setattr(f"evsam_lib.run.{step}", fail)
+        assert go(place) == 1
+        out = capsys.readouterr().out
+        assert f"FAILED: cannot write under {place / 'results' / 'mini'}: {os.strerror(number)}\n" in out
+        assert good.read_text() == "good"
+
+    def test_an_interrupt_says_how_to_go_on(self, place, capsys, monkeypatch):
+        write(place, "01_one")
+
+        def interrupt(*arguments, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(runner, "_execute", interrupt)
+        assert go(place) == 130
+        assert "--resume goes on" in capsys.readouterr().err
+
+    def test_what_an_earlier_run_left_makes_room(self, place, monkeypatch):
+        """Else a run that filled the disk with its own files could not be started again."""
+        write(place, "01_one")
+        left = place / "results" / "mini" / ".work" / "01_one.files" / "checkpoint.bin"
+        left.parent.mkdir(parents=True)
+        left.write_bytes(b"x")
+        seen = []
+        monkeypatch.setattr(runner, "_execute", lambda *arguments, **options: seen.append(left.exists()))
+        assert go(place) == 1
+        assert seen == [False]
+
+    def test_a_report_that_cannot_be_written_hides_no_error(self, place, capsys, monkeypatch):
+        write(place, "01_one")
+
+        def fail(notebook, copy, *arguments, **options):
+            copy.write_text("{")  # cut off, as on a full disk
+            raise runner.NotebookError("cell 3: OSError: [Errno 28] No space left on device")
+
+        monkeypatch.setattr(runner, "_execute", fail)
+        assert go(place) == 1
+        assert "FAILED: cell 3: OSError" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("file", ["stamp.json", "provenance.json"])
+    def test_resume_does_not_trust_a_damaged_note(self, place, monkeypatch, file):
+        write(place, "01_one")
+        book = runner._notebooks(place / "notebooks")[0]
+        values = {"results_root": str(place / "results"), "profile": "mini"}
+        stamp = {"parameters": values, "code": runner._code_digest(book.path), "inputs": {}}
+        for name, content in (("stamp.json", stamp), ("provenance.json", {"inputs": []})):
+            place_of = result(place, "01_one", name)
+            place_of.parent.mkdir(parents=True, exist_ok=True)
+            place_of.write_text(json.dumps(content))
+        assert not runner._run_one(book, values, values, resume=True)  # up to date
+        result(place, "01_one", file).write_text("{")
+        ran = []
+        monkeypatch.setattr(runner, "_execute", lambda *arguments, **options: ran.append(True))
+        with pytest.raises(runner.NotebookError):
+            runner._run_one(book, values, values, resume=True)
+        assert ran
 
 
 class TestRuns:
@@ -198,3 +297,13 @@ def test_list_names_parameters(place, capsys):
     write(place, "01_one")
     assert go(place, "--list") == 0
     assert "n: int = 3" in capsys.readouterr().out
+
+
+def test_a_report_that_is_there_follows_every_run(place):
+    write(place, "01_one")
+    assert go(place, "1") == 0
+    report = place / "results/mini/RESULTS.md"
+    assert not report.exists()  # notebook 20 makes the first
+    report.write_text("old")
+    assert go(place, "1", "-p", "n", "47110") == 0
+    assert "47110" in report.read_text()

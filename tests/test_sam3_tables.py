@@ -396,15 +396,11 @@ class TestWeightsOfOthers:
             load_sam3("LiteText", "official", text="SAM3")
 
 
-class TestReadme:
-    """What the README prints for EfficientSAM3 runs: its code on small weights, its commands as far as their words."""
+class TestDocuments:
+    """What they print for EfficientSAM3 runs: the code on small weights, the commands as far as their words."""
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def text(cls):
-        return (repo_root() / "README.md").read_text()
-
-    def test_the_quick_start(self, text, model, monkeypatch):
+    def test_the_quick_start(self, model, monkeypatch):
+        text = (repo_root() / "README.md").read_text()
         (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Sam3Processor" in c]
         asked = []
         monkeypatch.setattr("evsam_lib.sam3.load.load_sam3", lambda *a, **k: asked.append((a, k)) or model)
@@ -413,7 +409,8 @@ class TestReadme:
         assert asked == [(("ES-EV-S", "efficient_sam3_efficientvit_s.pt"), {"text": "SAM3"})]
         assert names["found"].masks.shape[1:] == IMAGE.shape[:2] and 0 <= names["found"].presence <= 1
 
-    def test_the_commands_are_understood(self, text):
+    def test_the_commands_are_understood(self):
+        text = (repo_root() / "docs" / "efficientsam3.md").read_text()
         parsers = {"evsam_lib.evaluate": cli._parser(), "evsam_lib.sam3.phrases": phrases._parser()}
         parsers |= {"evsam_lib.sam3.bench": bench._parser()}
         lines = text.replace("\\\n", " ").splitlines()

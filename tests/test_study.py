@@ -6,8 +6,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
+from evsam_lib.data.generate import scene
 from evsam_lib.study import begin, build_report
 from evsam_lib.study.paths import work_folder
+from evsam_lib.study.picture import labels
 from evsam_lib.study.tables import read_table
 
 
@@ -90,8 +92,19 @@ class TestSave:
         ax.set_title("It rises")
         study.figure(fig, "rise")
         study.save()
-        assert (folder(tmp_path) / "figures" / "rise.png").stat().st_size > 1000
+        kept = folder(tmp_path) / "figures" / "rise.png"
+        assert kept.stat().st_size > 1000 and labels(kept)["Title"] == "It rises"
         assert not plt.fignum_exists(fig.number)
+
+    def test_figure_with_a_photograph_is_a_small_jpeg_with_the_same_labels(self, opened, tmp_path):
+        study = opened()
+        fig, ax = plt.subplots()
+        ax.imshow(scene(0, 0, size=(384, 512)).image)
+        study.figure(fig, "view", title="Größe × 2", caption="A scene.")
+        study.save()
+        kept = folder(tmp_path) / "figures" / "view.jpg"
+        assert kept.stat().st_size < 150_000
+        assert labels(kept) == {"Title": "Größe × 2", "Description": "A scene.", "Order": "0"}
 
     def test_later_notebooks_read_it(self, opened):
         first = opened("04_first")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from .coco import CocoImage, CocoImages
 from .detections import Detections
+from .files import why_absent
 from .sa1b import Sa1bFolder
 from .sginw import ANNOTATIONS, SGINW
 
@@ -130,8 +131,8 @@ def check_coco(
 @lru_cache(maxsize=1)  # files of detections follow their annotation file, which may take a while to open
 def _open(images_dir: Path, annotations_json: Path) -> tuple[CocoImages | None, list[str]]:
     """The images, or what is wrong."""
-    told = [] if images_dir.is_dir() else [f"Image folder {images_dir} does not exist."]
-    told += [] if annotations_json.is_file() else [f"Annotation file {annotations_json} does not exist."]
+    needed = (("Image folder", images_dir, Path.is_dir), ("Annotation file", annotations_json, Path.is_file))
+    told = [f"{what} {path} {why_absent(path)}." for what, path, is_there in needed if not is_there(path)]
     if told:
         return None, told
     try:
@@ -149,7 +150,7 @@ def _absent(images: CocoImages) -> set[int]:
 def check_detections(json_path: Path, images_dir: Path, annotations_json: Path) -> Finding:
     """Checks a file of detections against the annotation file that it belongs to; opens no picture."""
     if not json_path.is_file():
-        return Finding(f"{json_path.name} cannot be opened", [f"Detection file {json_path} does not exist."])
+        return Finding(f"{json_path.name} cannot be opened", [f"Detection file {json_path} {why_absent(json_path)}."])
     images, _ = _open(images_dir, annotations_json)
     if images is None:
         sentence = f"{json_path} cannot be checked without {annotations_json} and its pictures, see there."
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("give a data root, or folders of your own, not both.")
         if options.limit is not None and options.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {options.limit}.")
-        root = None if any(own) else (options.root or _default_root()).absolute()
+        root: Path = Path() if any(own) else (options.root or _default_root()).absolute()
     except ValueError as error:
         print(f"evsam_lib.data.check: {error}", file=sys.stderr)
         return 2

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import decode_segmentation, has_no_mask, is_finite, read_json, read_rgb
+from .files import decode_segmentation, excerpt, has_no_mask, image_hw, is_finite, read_json, read_rgb, why_absent
 
 __all__ = ["CocoImage", "CocoImages"]
 
@@ -65,14 +65,23 @@ class CocoImages:
 
         Raises:
             FileNotFoundError: if the folder or the file is missing.
-            ValueError: if the file lacks images or annotations, lists an image or annotation twice, has an annotation
-                that lacks a key or whose box or area is no finite number, or none that belongs to its images.
+            ValueError: if the file lacks images or annotations, lists an image or annotation twice, has an image that
+                lacks a key or is of a size that no picture has, an annotation that lacks a key or whose box or area is
+                no finite number, or none that belongs to its images.
         """
         self.images_dir, self.annotations_json = Path(images_dir), Path(annotations_json)
         if not self.images_dir.is_dir():
-            raise FileNotFoundError(f"Image folder {self.images_dir} does not exist.")
+            raise FileNotFoundError(f"Image folder {self.images_dir} {why_absent(self.images_dir)}.")
         content = read_json(self.annotations_json, "images", "annotations")
-        entries, categories = content["images"], content.get("categories", [])
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content.setdefault(key, []), list):
+                raise ValueError(f"{key!r} in {self.annotations_json} must be a list, got {excerpt(content[key], 40)}.")
+        entries, categories = content["images"], content["categories"]
+        for entry in categories:
+            if not isinstance(entry, dict) or not _is_id(entry.get("id")) or not isinstance(entry.get("name"), str):
+                raise ValueError(
+                    f"Every category in {self.annotations_json} needs id and name, got {excerpt(entry, 60)}."
+                )
         self.categories: dict[int, str] = {c["id"]: c["name"] for c in categories}
         self.frequency: dict[int, str] = {c["id"]: c["frequency"] for c in categories if "frequency" in c}
         self.by_id: dict[int, CocoImage] = {}
@@ -133,12 +142,14 @@ class CocoImages:
             # LVIS: http://images.cocodataset.org/val2017/000000397133.jpg -> val2017/000000397133.jpg
             name = entry["file_name"] if "file_name" in entry else "/".join(entry["coco_url"].split("/")[-2:])
             federated = (tuple(entry.get(f"{kind}_category_ids", ())) for kind in ("neg", "not_exhaustive"))
-            size = int(entry["height"]), int(entry["width"])
+            if not _is_id(entry["id"]):
+                raise TypeError("an id is a number or a name")
+            size = image_hw(entry["height"], entry["width"])
             return CocoImage(entry["id"], self.images_dir / name, *size, [], *federated)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"Every image in {self.annotations_json} needs id, height, width and file_name or coco_url, "
-                f"got {str(entry)[:80]}."
+                f"as pictures have them, got {excerpt(entry, 120)}."
             ) from error
 
     def _add_all(self, annotations: list[dict], skipped: Counter, noted: Counter) -> None:
@@ -165,16 +176,20 @@ class CocoImages:
             )
 
     def _check(self, annotation: dict) -> None:
-        missing = [key for key in ("id", "image_id", "bbox", "area", "segmentation") if key not in annotation]
+        keys = ("id", "image_id", "bbox", "area", "segmentation")
+        missing = [key for key in keys if not isinstance(annotation, dict) or key not in annotation]
         if missing:
             raise ValueError(
-                f"Annotation {str(annotation)[:60]} in {self.annotations_json} lacks {', '.join(missing)}."
+                f"Annotation {excerpt(annotation, 60)} in {self.annotations_json} lacks {', '.join(missing)}."
             )
+        if not _is_id(annotation["id"]) or not _is_id(annotation["image_id"]):
+            told = f"id {excerpt(annotation['id'], 40)} and image_id {excerpt(annotation['image_id'], 40)}"
+            raise ValueError(f"An annotation in {self.annotations_json} has {told}, expected numbers.")
         box, area = annotation["bbox"], annotation["area"]
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, (*box, area))):
             raise ValueError(
-                f"Annotation {annotation['id']} in {self.annotations_json} has bbox {str(box)[:60]} and area {area}, "
-                "expected four finite numbers and one."
+                f"Annotation {annotation['id']} in {self.annotations_json} has bbox {excerpt(box, 60)} and area "
+                f"{excerpt(area, 40)}, expected four finite numbers and one."
             )
 
     def _oddities(self, annotation: dict, image: CocoImage) -> Iterator[str]:
@@ -183,7 +198,12 @@ class CocoImages:
             yield "annotation whose box has no area"
         elif x >= image.width or y >= image.height or x + w <= 0 or y + h <= 0:
             yield "annotation whose box lies outside its image"
-        if self.categories and annotation.get("category_id", next(iter(self.categories))) not in self.categories:
+        category = annotation.get("category_id", next(iter(self.categories), 0))
+        if self.categories and not (_is_id(category) and category in self.categories):
             yield "annotation of a category that the file does not list"
         if annotation["id"] == 0:
             yield "annotation with id 0, which pycocotools takes for no match"
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)

@@ -245,11 +245,11 @@ def _looks(draw: Draw, items: list[Item], *, plain: bool) -> tuple[str, str, str
 def _placed(draw: Draw, looks: tuple[str, str, str], radius: float, height: int, width: int) -> Item:
     texture, colour, form = looks
     light = draw(-14.0, 14.0)
-    rgb = tuple(min(max(v + light + draw(-10.0, 10.0), 0.0), 255.0) for v in COLOURS[colour])
+    red, green, blue = (min(max(v + light + draw(-10.0, 10.0), 0.0), 255.0) for v in COLOURS[colour])
     x, y = draw(0.85 * radius, width - 0.85 * radius), draw(0.85 * radius, height - 0.85 * radius)
     t = draw(-LEAN, LEAN)
     turn = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
-    return Item(form, colour, texture, x, y, radius, turn, rgb, draw.integer(0, 1 << 30))
+    return Item(form, colour, texture, x, y, radius, turn, (red, green, blue), draw.integer(0, 1 << 30))
 
 
 def _pick(draw: Draw, among) -> str:
@@ -304,6 +304,7 @@ def _one_off(draw: Draw, words: tuple[str | None, str | None, str]) -> tuple[str
     places = [k for k, word in enumerate(words) if word not in (None, ANY)]
     if not places:
         return words
-    which, changed = places[draw.integer(0, len(places) - 1)], list(words)
-    changed[which] = _pick(draw, (TEXTURES, COLOURS, FORMS)[which])
-    return tuple(changed)
+    which = places[draw.integer(0, len(places) - 1)]
+    other = _pick(draw, (TEXTURES, COLOURS, FORMS)[which])
+    texture, colour, form = words
+    return other if which == 0 else texture, other if which == 1 else colour, other if which == 2 else form

@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ def detect(
     if not 0 <= min_score <= 1 or max_per_image < 1:
         raise ValueError(f"min_score must be from 0 to 1, max_per_image above 0, got {min_score} and {max_per_image}.")
     row, path = DETECTORS[detector], Path(path)
-    run = {"detector": detector, "weights": str(weights or row.weights), "licence": row.licence}
+    run: dict[str, Any] = {"detector": detector, "weights": str(weights or row.weights), "licence": row.licence}
     run |= {"min_score": min_score, "max_per_image": max_per_image, "limit": limit}
     run |= {"annotations_sha256": hashlib.sha256(images.annotations_json.read_bytes()).hexdigest()}
     mark, part = path.with_suffix(".detected.json"), path.with_suffix(".part")
@@ -153,7 +154,7 @@ def _open_part(part: Path, run: dict) -> list[str]:
 
 def _records(image_id: int, found: Found, ids: dict[str, int], min_score: float, max_per_image: int) -> list[dict]:
     """The best detections of one image in COCO's results format; those of other categories are left out."""
-    records = []
+    records: list[dict[str, Any]] = []
     for (left, top, right, bottom), score, name in zip(*found, strict=True):
         category = ids.get(_plain(name))
         if category is not None and score >= min_score:
@@ -219,7 +220,8 @@ def _grounding_dino(weights: str, names: list[str], device: torch.device) -> Fin
     from transformers import AutoProcessor, GroundingDinoForObjectDetection
 
     processor = AutoProcessor.from_pretrained(weights)
-    model = GroundingDinoForObjectDetection.from_pretrained(weights).to(device).eval()
+    model: Any = GroundingDinoForObjectDetection.from_pretrained(weights)
+    model.to(device).eval()
     captions = _captions(processor.tokenizer, names)
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .coco import CocoImages
-from .files import is_finite
+from .files import excerpt, is_finite, why_absent
 
 __all__ = ["Detections"]
 
@@ -118,7 +118,7 @@ class _ByImage(Mapping):
 def _read(path: Path, images: CocoImages) -> tuple[tuple[np.ndarray, ...], Counter, int]:
     """Position of the image, category, score and box (4,) of each usable detection; what was left out; how many all."""
     if not path.is_file():
-        raise FileNotFoundError(f"Detection file {path} does not exist.")
+        raise FileNotFoundError(f"Detection file {path} {why_absent(path)}.")
     position = {image.image_id: index for index, image in enumerate(images)}
     numbers, values, skipped, taken = array("q"), array("d"), Counter(), object()
 
@@ -136,14 +136,16 @@ def _read(path: Path, images: CocoImages) -> tuple[tuple[np.ndarray, ...], Count
 
     try:
         content = json.loads(path.read_bytes(), object_hook=take)
-    except ValueError as error:  # also raised for bytes that are no text
-        raise ValueError(f"Detection file {path} is not valid JSON: {error}.") from error
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are no text
+        raise ValueError(f"Detection file {path} is not valid JSON: {excerpt(error)}.") from error
     if not isinstance(content, list):
         raise ValueError(f"Detection file {path} must be a JSON list of detections, got {type(content).__name__}.")
     for index, record in enumerate(content):
         if record is not taken:
             lacks = ", ".join(sorted(_KEYS - set(record))) if isinstance(record, dict) else "everything"
-            raise ValueError(f"Detection {index} in {path} is {str(record)[:60]}, which lacks {lacks}.")
+            raise ValueError(f"Detection {index} in {path} is {excerpt(record, 60)}, which lacks {lacks}.")
+    if len(numbers) // 2 + sum(skipped.values()) != len(content):
+        raise ValueError(f"A detection in {path} holds another one, expected a flat list.")
     keys, rows = np.frombuffer(numbers, np.int64).reshape(-1, 2), np.frombuffer(values, np.float64).reshape(-1, 5)
     return (keys[:, 0], keys[:, 1], rows[:, 0], rows[:, 1:]), skipped, len(content)
 
@@ -153,11 +155,11 @@ def _unusable(record: dict, position: dict, categories: dict) -> str | None:
     image_id, category_id, box, score = record["image_id"], record["category_id"], record["bbox"], record["score"]
     if not isinstance(image_id, int | str) or image_id not in position:
         return _NO_IMAGE
-    if not isinstance(category_id, int) or (categories and category_id not in categories):
+    if not isinstance(category_id, int) or abs(category_id) >= 2**63 or (categories and category_id not in categories):
         return _NO_CATEGORY
     if not is_finite(score):
         return "detection whose score is no finite number"
-    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_finite, box)) or not is_finite(sum(map(abs, box))):
         return "detection whose box is not four finite numbers"
     return None
 

@@ -17,13 +17,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from .files import decode_segmentation, rle_text
+from .files import LONGEST_NUMBER, decode_segmentation, excerpt, rle_text
 from .rle import encode_masks
 from .transforms import resized_hw
 
 __all__ = ["Runs", "read_runs"]
 
-_LONGEST = 7  # characters of one number: 35 bits, more than any image has pixels
 _ZERO = 1e-9  # rounding of the running sum stays below, true values above all but never
 
 
@@ -103,10 +102,10 @@ def read_runs(segmentations: Sequence[list | dict], height: int, width: int, *, 
         texts = [rle_text(segmentation, height, width) for segmentation in segmentations]
         numbers, first = _numbers(texts)
         bounds = _bounds(numbers, first, height * width)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    except ValueError as error:
         for index, segmentation in enumerate(segmentations):  # the slow way knows which one it is
             decode_segmentation(segmentation, height, width, where=f"annotation {index} of {where}")
-        raise ValueError(f"A segmentation of {where} cannot be read: {error}.") from error
+        raise ValueError(f"A segmentation of {where} cannot be read: {excerpt(error)}.") from error
     place = np.arange(len(bounds)) - np.repeat(first[:-1], np.diff(first))  # of each number in its mask
     ones = np.flatnonzero(place & 1)  # zeros come first, then ones and zeros in turn
     starts, ends = bounds[ones - 1], bounds[ones]
@@ -127,7 +126,8 @@ def _numbers(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.diff(starts)
     text_ends = np.cumsum([0, *map(len, texts)])
     first = np.searchsorted(starts, text_ends)
-    if (part < 0).any() or (part > 63).any() or (lengths > _LONGEST).any() or not np.isin(text_ends, starts).all():
+    strange = (part < 0).any() or (part > 63).any()
+    if strange or (lengths > LONGEST_NUMBER).any() or not np.isin(text_ends, starts).all():
         raise ValueError("malformed counts")
     starts = starts[:-1]
     if not len(starts):
@@ -143,6 +143,8 @@ def _bounds(numbers: np.ndarray, first: np.ndarray, pixels: int) -> np.ndarray:
         one = numbers[low:high]
         one[1::2] = one[1::2].cumsum()
         one[2::2] = one[2::2].cumsum()
+    if (abs(numbers) > pixels).any():
+        raise ValueError("a count beyond the image")  # and no sum of the others overflows
     bounds = numbers.cumsum()
     whole = pixels * np.arange(1, len(first))
     if (np.diff(first) < 1).any() or (numbers < 0).any() or (bounds[first[1:] - 1] != whole).any():

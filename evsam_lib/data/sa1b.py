@@ -7,6 +7,7 @@ official training code (sa_images_ids.txt, images/sa_<id>.jpg, masks/sa_<id>.jso
 take 216 MB.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import decode_rgb, decode_segmentation, parse_json
+from .files import decode_rgb, decode_segmentation, excerpt, parse_json
 from .runs import Runs, read_runs
 from .tars import Tars
 
 __all__ = ["Sa1bFolder", "Sa1bRecord"]
 
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _TRAIN_SHARE = 0.99  # official loader: the first 99 % of the id list train, the rest validate
 
 
@@ -92,7 +94,9 @@ class Sa1bFolder:
         try:
             rles = [annotation["segmentation"] for annotation in annotations]
             boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(len(rles), 4)
-        except (KeyError, TypeError, ValueError) as error:
+            if not np.isfinite(boxes).all():
+                raise ValueError("infinite or no number")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"Every annotation in {name} needs 'segmentation' and a 'bbox' of four numbers."
             ) from error
@@ -168,12 +172,12 @@ def _list_images(root: Path) -> tuple[list[int], list[tuple[Path, Path]]]:
     """Ids, and JPEG and JSON, of all images: in the order of the id list, else by id."""
     listing = root / "sa_images_ids.txt"
     if listing.is_file():
-        lines = listing.read_text().split()
+        lines = listing.read_text(encoding="utf-8-sig", errors="backslashreplace").split()
         for line in lines:
-            if not line.isascii() or not line.isdigit():
-                raise ValueError(f"{listing} must hold one image number a line, got {line!r}.")
+            if not _NUMBER.fullmatch(line):
+                raise ValueError(f"{listing} must hold one image number a line, got {excerpt(line, 40)!r}.")
         ids = [int(line) for line in lines]
         return ids, [(root / f"images/sa_{n}.jpg", root / f"masks/sa_{n}.json") for n in ids]
     found = [path for pattern in ("sa_*.jpg", "sa_*/sa_*.jpg") for path in root.glob(pattern)]
-    numbered = sorted((int(path.stem[3:]), path) for path in found if path.stem[3:].isdigit())
+    numbered = sorted((int(path.stem[3:]), path) for path in found if _NUMBER.fullmatch(path.stem[3:]))
     return [number for number, _ in numbered], [(path, path.with_suffix(".json")) for _, path in numbered]

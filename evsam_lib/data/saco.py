@@ -153,6 +153,7 @@ class SacoImages(Sequence):
     def __len__(self) -> int:
         return len(self._images)
 
+    # pyrefly: ignore[bad-override]: by place alone, nobody takes slices
     def __getitem__(self, index: int) -> ConceptImage:
         file_name, pairs = self._images[index]
         path = self.folder / file_name

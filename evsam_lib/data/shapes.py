@@ -223,7 +223,7 @@ def _rod(draw: Draw) -> Thing:
 
 
 def _rope(draw: Draw) -> Thing:
-    ends = [(-0.9, draw(-0.5, 0.5)), (draw(-0.5, 0.5), draw(-1.6, 1.6)), (0.9, draw(-0.5, 0.5))]
+    ends = ((-0.9, draw(-0.5, 0.5)), (draw(-0.5, 0.5), draw(-1.6, 1.6)), (0.9, draw(-0.5, 0.5)))
     return Thing([Part([_stroke(*ends, draw(0.04, 0.16), draw(0.01, 0.16))])], 52)
 
 

@@ -106,7 +106,8 @@ class Skipping:
         count = len(self.data)
         if not -count <= index < count:
             raise IndexError(f"index {index} of {count} images")
-        for step in range(min(_IN_A_ROW, count)):
+        tried, reason = min(_IN_A_ROW, count), ""
+        for step in range(tried):
             place = (index + step) % count
             try:
                 record = self.data[place]
@@ -115,7 +116,7 @@ class Skipping:
             except (FileNotFoundError, ValueError) as error:
                 reason = str(error)
                 self.skipped.add(place, reason)
-        raise ValueError(f"{step + 1} images in a row cannot be read, the last one because: {reason}")
+        raise ValueError(f"{tried} images in a row cannot be read, the last one because: {reason}")
 
     def __getattr__(self, name: str) -> Any:
         if name in ("data", "__setstate__"):  # while it is unpickled

@@ -213,7 +213,7 @@ class _Encode:
     skipped: Skipped
 
     def __call__(self, position: int) -> dict[str, Any] | None:
-        if self.on_error == "raise" and self.skipped.log.exists():
+        if self.on_error == "raise" and self.skipped.log is not None and self.skipped.log.exists():
             return None  # litdata waits for ever for a worker that raised: the first error is noted, the rest is idle
         folder, index = self._find(position)
         try:
@@ -269,7 +269,8 @@ class _Step:
     """What the loader does with an item, in the worker that read it."""
 
     def __init__(self, make: Callable[[Sa1bRecord, int], Any] | None) -> None:
-        self.make, self.dataset = make, None
+        self.make = make
+        self.dataset: Any = None  # that of litdata which this belongs to; it counts the epochs
 
     def __call__(self, item: dict[str, Any]) -> Any:
         record = _record(item)

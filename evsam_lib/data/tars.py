@@ -15,10 +15,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from .files import excerpt
+
 __all__ = ["Tars", "tar_index"]
 
 _VERSION = 1  # of the index file
 _MEMBER = re.compile(r"sa_([0-9]{1,18})\.(jpg|json)")
+_BROKEN = (tarfile.TarError, ValueError, OverflowError, EOFError)  # what tarfile makes of a damaged header
 _ROW = np.dtype([("id", "i8"), ("jpg_at", "i8"), ("json_at", "i8"), ("jpg_size", "u4"), ("json_size", "u4")])
 
 
@@ -70,10 +73,11 @@ class Tars:
                 at, size = int(row[f"{kind}_at"]), int(row[f"{kind}_size"])
                 if at < 0:
                     raise FileNotFoundError(f"{name} does not exist: the tar holds only one file of the pair.")
+                left = max(file.seek(0, os.SEEK_END) - at, 0)
+                if left < size:
+                    raise ValueError(f"{name} is cut off: the tar ends after {left} of its {size} bytes.")
                 file.seek(at)
                 members.append(file.read(size))
-                if len(members[-1]) < size:
-                    raise ValueError(f"{name} is cut off: the tar ends after {len(members[-1])} of its {size} bytes.")
         return members[0], members[1]
 
 
@@ -98,7 +102,7 @@ def tar_index(path: Path, *, cache: Path | None = None) -> np.ndarray:
     mark = np.array([(_VERSION, stat.st_size, stat.st_mtime_ns, 0, 0)], _ROW)  # first row: which file it is of
     file = (cache or path.parent) / f"{path.name}.index.npy"
     rows = _load(file)
-    if rows is not None and rows[:1].tobytes() == mark.tobytes():
+    if rows is not None and rows[:1].tobytes() == mark.tobytes() and _inside(rows[1:], stat.st_size):
         return rows[1:]
     rows = _scan(path)
     _save(file, np.concatenate([mark, rows]))
@@ -112,14 +116,15 @@ def _scan(path: Path) -> np.ndarray:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
+                    # pyrefly: ignore[missing-attribute]: the stubs leave it out
                     tar.members.clear()  # it would keep them all
                     match = _MEMBER.fullmatch(PurePosixPath(member.name).name)
-                    if match and member.isreg():
+                    if match and member.isreg() and 0 <= member.size < 2**32:  # a larger one is damage
                         found.setdefault(int(match[1]), {})[match[2]] = (member.offset_data, member.size)
-            except tarfile.ReadError:
+            except _BROKEN:
                 warnings.warn(f"Tar {path} is cut off: {len(found)} images were found before its end.", stacklevel=4)
-    except tarfile.ReadError as error:
-        raise ValueError(f"{path} is no plain tar (compressed ones must be unpacked): {error}.") from error
+    except _BROKEN as error:
+        raise ValueError(f"{path} is no plain tar (compressed ones must be unpacked): {excerpt(error)}.") from error
     if not found:
         raise ValueError(f"Tar {path} holds no SA-1B images: expected members sa_<id>.jpg and sa_<id>.json.")
     absent = (-1, 0)
@@ -131,9 +136,15 @@ def _scan(path: Path) -> np.ndarray:
 def _load(file: Path) -> np.ndarray | None:
     try:
         rows = np.load(file)
-    except (OSError, ValueError, EOFError):  # absent, unreadable or damaged: make it again
+    except Exception:  # absent, unreadable or damaged, and numpy has many words for that: make it again
         return None
-    return rows if rows.dtype == _ROW and rows.ndim == 1 else None
+    return rows if isinstance(rows, np.ndarray) and rows.dtype == _ROW and rows.ndim == 1 else None
+
+
+def _inside(rows: np.ndarray, size: int) -> bool:
+    """Whether all that an index names begins in a tar of so many bytes, as it does unless the index is damaged."""
+    places = np.concatenate([rows["jpg_at"], rows["json_at"]])
+    return len(rows) > 0 and places.min() >= -1 and places.max() < size and rows["id"].min() >= 0
 
 
 def _save(file: Path, rows: np.ndarray) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import contourpy
 import numpy as np
@@ -290,7 +291,7 @@ def _coco_size(index: int, size: tuple[int, int]) -> tuple[int, int]:
 def _coco_annotations(made: Scene) -> list[dict]:
     """Whole things as polygons, then the crowd; objects whose polygons cover no pixel are left out."""
     height, width = made.image.shape[:2]
-    found = []
+    found: list[dict[str, Any]] = []
     for mask, category, parent in zip(made.masks, made.category_ids, made.parents, strict=True):
         if parent >= 0:
             continue
@@ -378,7 +379,8 @@ def _polygons(mask: np.ndarray) -> list[list[float]]:
     """Outlines, one polygon [x, y, x, y, ...] for each connected piece; pixel corners are at integers."""
     padded = np.pad(mask.astype(np.float64), 1)
     tracer = contourpy.contour_generator(z=padded, fill_type=contourpy.FillType.OuterOffset)
-    pieces, offsets = tracer.filled(0.5, 2.0)
+    filled: Any = tracer.filled(0.5, 2.0)  # its form is that of the fill type
+    pieces, offsets = filled
     polygons = []
     for points, ends in zip(pieces, offsets, strict=True):
         rings = [points[a : b - 1] for a, b in itertools.pairwise(ends)]  # the last repeats the first

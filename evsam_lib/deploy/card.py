@@ -9,12 +9,14 @@ import importlib.util
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from evsam_lib.data.transforms import Frame, LongestSide, Stretch
+from evsam_lib.models.sam import BestBy
 
 FORMAT = 2  # counts up when the card gets other entries, or the inputs or outputs of the graphs another meaning
 FRAMES = {"LongestSide": LongestSide, "Stretch": Stretch}
@@ -76,7 +78,7 @@ class Card:
     weights_sha256: str
     state_sha256: str
     frame: Frame
-    best_by: str
+    best_by: BestBy
     grid: int
     embed_dim: int
     padding_point: bool
@@ -119,14 +121,14 @@ class Card:
                 f"version reads format {FORMAT}: export it again with `python -m evsam_lib.deploy.onnx export "
                 f"{properties.get('model', 'MODEL')}`."
             )
-        values = {
-            field.name: properties[field.name] if field.type is str else json.loads(properties[field.name])
+        values: dict[str, Any] = {
+            field.name: properties[field.name] if field.type in (str, BestBy) else json.loads(properties[field.name])
             for field in fields(cls)
         }
         values["frame"] = FRAMES[values["frame"].pop("kind")](**values["frame"])
         values["fp32_layers"] = tuple(values["fp32_layers"])
         for name in ("inputs", "outputs"):
-            values[name] = tuple(Port(**{**port, "shape": tuple(port["shape"])}) for port in values[name])
+            values[name] = tuple(Port(**port | {"shape": tuple(port["shape"])}) for port in values[name])
         return cls(**values)
 
 

@@ -178,7 +178,7 @@ def _onnx_file(part: str, model: Sam, cache: Path, *, precision: str = "fp32") -
     folder = _folder(model, cache) / _file_name(f"onnx-{precision}-opset{OPSET}-torch{torch.__version__}")
     if not (folder / f"{part}.onnx").is_file():
         on_cpu = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
-        export(on_cpu, folder, parts=(part,), **({} if precision == "fp32" else {"precision": precision}))
+        export(on_cpu, folder, parts=(part,), precision=precision)
     return folder / f"{part}.onnx"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evsam_lib.data.generate import scene
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Promptable, Sam
 from evsam_lib.predict import Predictor
 from evsam_lib.prompts import mask_box
 
@@ -75,7 +75,7 @@ class Gate:
         self.expected = self._answers(model)
         self.seconds = (time.perf_counter() - start) / images
 
-    def __call__(self, model: Sam) -> Accuracy:
+    def __call__(self, model: Promptable) -> Accuracy:
         """Args: model: the same model behind an engine, see `engines.with_engine`."""
         answers = self.expected if model is self.model else self._answers(model)
         errors, ious, bad = [], [], 0
@@ -87,12 +87,13 @@ class Gate:
             ious.append(np.where(any_of_them > 0, both / np.maximum(any_of_them, 1), 1.0).mean())
         return Accuracy(float(np.max(errors)), float(np.mean(ious)), bad)
 
-    def _answers(self, model: Sam) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _answers(self, model: Promptable) -> list[tuple[np.ndarray, np.ndarray]]:
         """For every scene the embedding (1, C, h, w) and the low-res logits (N, 3, 4h, 4w)."""
         predictor, answers = Predictor(model), []
         for picture in self.scenes:
             predictor.set_image(picture.image)
             largest = np.argsort(-picture.masks.sum((1, 2)), kind="stable")[:PROMPTS]
             low_res = predictor.predict_batch(boxes=np.array([mask_box(picture.masks[i]) for i in largest]))[2]
+            assert predictor.features is not None  # set_image puts them there
             answers.append((predictor.features.float().cpu().numpy(), low_res))
         return answers

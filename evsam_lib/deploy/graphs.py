@@ -5,14 +5,16 @@ and bring masks to the image's size. The modules run in PyTorch too, which is wh
 Notebook 06 exports them.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evsam_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PIXEL_MEAN, PIXEL_STD, LongestSide
+from evsam_lib.data.transforms import IMAGENET_MEAN, IMAGENET_STD, PIXEL_MEAN, PIXEL_STD, Frame, LongestSide, Stretch
 from evsam_lib.deploy.card import Port
 from evsam_lib.models.efficient_sam import SLOTS, EfficientSam
-from evsam_lib.models.prompt_encoder import PADDING_LABEL
+from evsam_lib.models.prompt_encoder import PADDING_LABEL, PromptEncoder
 from evsam_lib.models.sam import Sam
 
 PARTS = ("encoder", "decoder", "pipeline")
@@ -28,12 +30,16 @@ class EncoderGraph(nn.Module):
         uint8_input: images come as bytes and are normalised, and their padding blanked, inside.
     """
 
+    slots = 0
+    pixels: "PaddedPixels | StretchedPixels | None"
+    inputs: tuple[Port, ...]
+
     def __init__(self, model: Sam, *, uint8_input: bool = False):
         super().__init__()
         self.image_encoder = model.image_encoder
-        self.pixels = None
+        frame, self.pixels = model.frame, None
         if uint8_input:
-            self.pixels = (PaddedPixels if isinstance(model.frame, LongestSide) else StretchedPixels)(model.frame)
+            self.pixels = PaddedPixels(frame) if isinstance(frame, LongestSide) else StretchedPixels(frame)
         self.inputs = (image_port(model),) if self.pixels is None else self.pixels.inputs
         self.outputs = (embedding_port(model),)
 
@@ -46,6 +52,9 @@ class EncoderGraph(nn.Module):
 
 class PaddedPixels(nn.Module):
     """Bytes, resized and padded, -> the encoder's input. Padding has to be zero after normalisation, hence `sizes`."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, frame: LongestSide):
         super().__init__()
@@ -70,7 +79,10 @@ class PaddedPixels(nn.Module):
 class StretchedPixels(nn.Module):
     """Bytes at their own size -> EfficientSAM's input, whose resize works on floats and so belongs inside."""
 
-    def __init__(self, frame):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, frame: Stretch):
         super().__init__()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None])
@@ -95,6 +107,10 @@ class DecoderGraph(nn.Module):
     Raises:
         ValueError: the model has no mask prompts.
     """
+
+    image_code: Tensor
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
     def __init__(self, model: Sam, *, select: str = "all", mask_input: bool = False, upsample: bool = False):
         super().__init__()
@@ -133,6 +149,7 @@ class DecoderGraph(nn.Module):
             valid = labels != HIDDEN_LABEL
         sparse, dense = self.prompt_encoder(coords, labels.clamp(min=PADDING_LABEL), mask_input)
         if has_mask is not None:
+            assert isinstance(self.prompt_encoder, PromptEncoder)  # the others take no mask
             no_mask = self.prompt_encoder.no_mask_embed.weight[0, :, None, None]
             dense = torch.where(has_mask[..., None, None, None], dense, no_mask)
         multimask = True if self.best else None
@@ -152,6 +169,7 @@ class PipelineGraph(nn.Module):
         self.encoder, self.decoder = encoder, decoder
         self.inputs = encoder.inputs + decoder.inputs[1:]
         self.outputs = decoder.outputs
+        self.slots = decoder.slots
 
     def forward(
         self,
@@ -167,7 +185,10 @@ class PipelineGraph(nn.Module):
         return self.decoder(self.encoder(images, sizes), coords, labels, mask_input, has_mask, original_size)
 
 
-def build_graph(part: str, model: Sam, *, uint8_input: bool = False, **decoding) -> nn.Module:
+AnyGraph = EncoderGraph | DecoderGraph | PipelineGraph
+
+
+def build_graph(part: str, model: Sam, *, uint8_input: bool = False, **decoding) -> AnyGraph:
     """The module of one part; the arguments are those of `EncoderGraph` and `DecoderGraph`."""
     if part == "encoder":
         return EncoderGraph(model, uint8_input=uint8_input).eval()
@@ -193,7 +214,7 @@ def with_padding_point(coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([coords, torch.zeros_like(coords[..., :1, :])], dim=-2), torch.cat([labels, added], dim=-1)
 
 
-def upscale(frame, low_res: Tensor, original_size: Tensor) -> Tensor:
+def upscale(frame: Frame, low_res: Tensor, original_size: Tensor) -> Tensor:
     """`frame.upscale` with the size in a tensor, as a graph needs it.
 
     Args:
@@ -204,7 +225,8 @@ def upscale(frame, low_res: Tensor, original_size: Tensor) -> Tensor:
     Returns:
         (B, N, K, H, W) float32.
     """
-    height, width = original_size[0].item(), original_size[1].item()
+    height: Any = original_size[0].item()  # an int, and while a graph is traced the symbol of one
+    width: Any = original_size[1].item()
     longest = torch.sym_max(height, width)
     for length in (height, width):
         torch._check(length > 1)  # for the exporter only, which must not take 1 for a special case

@@ -227,7 +227,7 @@ def rounded(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def _with_rounding(node: NodeProto, types: list[int | None]) -> list[NodeProto]:
-    if node.op_type == "Cast":
+    if node.op_type == "Cast" and types[0] is not None:
         return [
             _cast(node.input[0], f"{node.output[0]}.narrow", types[0]),
             _cast(f"{node.output[0]}.narrow", node.output[0], TensorProto.FLOAT),
@@ -236,7 +236,7 @@ def _with_rounding(node: NodeProto, types: list[int | None]) -> list[NodeProto]:
     copy.CopyFrom(node)
     nodes = [copy]
     for i, (name, kind) in enumerate(zip(node.output, types, strict=True)):
-        if name and _half(kind):
+        if name and kind is not None and _half(kind):
             copy.output[i] = f"{name}.wide"
             nodes += rounding(f"{name}.wide", name, kind)
     return nodes
@@ -244,7 +244,9 @@ def _with_rounding(node: NodeProto, types: list[int | None]) -> list[NodeProto]:
 
 def _types(model: ModelProto) -> dict[str, int]:
     """Element types of the float values: results have the type of the floats that go in, but for Cast."""
-    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.data_type in _FLOATS}
+    types: dict[str, int] = {
+        tensor.name: tensor.data_type for tensor in model.graph.initializer if tensor.data_type in _FLOATS
+    }
     for value in model.graph.input:
         kind = value.type.tensor_type.elem_type
         types |= {value.name: kind} if kind in _FLOATS else {}
@@ -287,7 +289,7 @@ def _rounded(values: np.ndarray, kind: int) -> np.ndarray:
 
 def _model_like(model: ModelProto, nodes: Iterable[NodeProto], constants: Iterable[TensorProto]) -> ModelProto:
     """Other operations and constants between the same inputs and outputs."""
-    graph = helper.make_graph(nodes, model.graph.name, model.graph.input, model.graph.output, list(constants))
+    graph = helper.make_graph(list(nodes), model.graph.name, model.graph.input, model.graph.output, list(constants))
     new = helper.make_model(graph, opset_imports=model.opset_import, producer_name=model.producer_name)
     new.ir_version = model.ir_version
     new.metadata_props.extend(model.metadata_props)

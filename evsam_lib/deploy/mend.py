@@ -94,7 +94,7 @@ def restore_epsilons(model) -> None:
     for node in list(model.graph.all_nodes()):
         total = node.inputs[0].producer() if node.op_type == "Div" else None
         scaled = total.inputs[0].producer() if total is not None and total.op_type == "Add" else None
-        if scaled is None or scaled.op_type != "Mul" or scaled.inputs[1] is not node.inputs[1]:
+        if total is None or scaled is None or scaled.op_type != "Mul" or scaled.inputs[1] is not node.inputs[1]:
             continue
         factor, summand = (value.const_value.numpy() for value in (node.inputs[1], total.inputs[1]))
         epsilon = _constant(model, f"{node.outputs[0].name}_eps", summand / factor)

@@ -71,7 +71,7 @@ def _quantise(path: Path, feeds: list[dict]) -> None:
         def __init__(self):
             self.feeds = iter(feeds)
 
-        def get_next(self):
+        def get_next(self):  # pyrefly: ignore[bad-override]: onnxruntime's says dict, and expects None at the end
             feed = next(self.feeds, None)
             return feed and {name: feed[name] for name in names}
 

@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 
 from evsam_lib import __version__
 from evsam_lib.deploy.card import Card, fingerprint, need
-from evsam_lib.deploy.graphs import PARTS, SELECT, build_graph
+from evsam_lib.deploy.graphs import PARTS, SELECT, AnyGraph, build_graph
 from evsam_lib.deploy.mend import average_by_axis, plain_operations, quietly, restore_epsilons, tidy
 from evsam_lib.models.sam import Sam
 from evsam_lib.models.weights import sha256
@@ -31,6 +32,13 @@ MIN_OPSET = 18  # what torch's exporter writes; layer norm is one operation sinc
 ONE_FILE_BYTES = 1_900_000_000  # protobuf ends at 2 GiB; a larger graph keeps its weights in a second file
 PRECISIONS = ("fp32", "fp16", "int8")
 _ANY = {"batch": 2, "prompts": 3, "points": 4, "height": 96, "width": 160}  # example lengths, none of them 1
+
+
+class Origin(TypedDict):
+    """Where a model's weights are from, as `export` wants to know."""
+
+    weights: str
+    weights_sha256: str
 
 
 def export(
@@ -86,7 +94,7 @@ def export(
     return paths
 
 
-def load_weights(name: str, weights: str | Path) -> tuple[Sam, dict[str, str]]:
+def load_weights(name: str, weights: str | Path) -> tuple[Sam, Origin]:
     """A model as the command line names it, and where its weights are from, as `export` wants to know.
 
     Args:
@@ -103,6 +111,7 @@ def load_weights(name: str, weights: str | Path) -> tuple[Sam, dict[str, str]]:
         return model, {"weights": "random", "weights_sha256": ""}
     model = load_model(name, weights)
     path = weights_path(name, weights)
+    assert path is not None  # there is none for a random start only
     label = weights if weights in ("mini", "official") else path.name
     return model, {"weights": str(label), "weights_sha256": sha256(path)}
 
@@ -132,8 +141,7 @@ def _check_request(model: Sam, parts: tuple[str, ...], opset: int, select: str, 
         raise ValueError(f"Export needs a float32 model on the CPU, got {model.dtype} on {model.device}.")
 
 
-def _card(part: str, model: Sam, graph: torch.nn.Module, **known) -> Card:
-    slots = 0 if part == "encoder" else getattr(graph, "decoder", graph).slots
+def _card(part: str, model: Sam, graph: AnyGraph, **known) -> Card:
     return Card(
         part=part,
         model=model.name,
@@ -142,15 +150,15 @@ def _card(part: str, model: Sam, graph: torch.nn.Module, **known) -> Card:
         best_by=model.best_by,
         grid=model.grid,
         embed_dim=model.embed_dim,
-        padding_point=not slots,
-        slots=slots,
+        padding_point=not graph.slots,
+        slots=graph.slots,
         inputs=graph.inputs,
         outputs=graph.outputs,
         **known,
     )
 
 
-def _write(graph: torch.nn.Module, card: Card, folder: Path, model: Sam, say: Callable[[str], object]) -> Path:
+def _write(graph: AnyGraph, card: Card, folder: Path, model: Sam, say: Callable[[str], object]) -> Path:
     """Exports into a folder of its own, checks what is there, and moves it into place: weights first, graph last."""
     import onnx
 
@@ -174,17 +182,17 @@ def _write(graph: torch.nn.Module, card: Card, folder: Path, model: Sam, say: Ca
     return folder / name
 
 
-def _trace(graph: torch.nn.Module, card: Card):
+def _trace(graph: AnyGraph, card: Card) -> torch.onnx.ONNXProgram:
     """The graph as an onnx program, its open axes named."""
     examples, axes = {}, {}
     for port in card.inputs:
-        shape = [_ANY.get(length, length) for length in port.shape]
+        shape = [_ANY[length] if isinstance(length, str) else length for length in port.shape]
         examples[port.name] = torch.ones(shape, dtype=getattr(torch, port.dtype))
         axes[port.name] = {i: length for i, length in enumerate(port.shape) if isinstance(length, str)}
     if "original_size" in examples:
         examples["original_size"] = torch.tensor([_ANY["height"], _ANY["width"]])
     with torch.no_grad(), plain_operations(), quietly():
-        return torch.onnx.export(
+        program = torch.onnx.export(
             graph,
             kwargs=examples,
             dynamic_shapes=axes,
@@ -193,6 +201,8 @@ def _trace(graph: torch.nn.Module, card: Card):
             dynamo=True,
             verbose=False,
         )
+    assert program is not None  # only TorchScript's exporter gives none
+    return program
 
 
 def _size(path: Path) -> float:

@@ -268,7 +268,7 @@ def _next_island(layers, islands, deviation, bounds, now, kind) -> tuple[str, De
     for layer in layers:
         if layer.name not in islands:
             errors[layer.module] = max(errors.get(layer.module, 0.0), layer.error)
-    tried = sorted(errors, key=errors.get, reverse=True)[:TRIED]
+    tried = sorted(errors, key=errors.__getitem__, reverse=True)[:TRIED]
     found = {m: deviation(islands | {layer.name for layer in layers if layer.module == m}) for m in tried}
     best = min(found, key=lambda module: found[module].excess(bounds), default=None)
     if best is None or not found[best].excess(bounds) < now.excess(bounds):

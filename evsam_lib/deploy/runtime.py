@@ -15,7 +15,7 @@ from evsam_lib.data.transforms import LongestSide, check_image, resize_longest
 from evsam_lib.deploy.card import Card, given_inputs, need
 from evsam_lib.deploy.graphs import HIDDEN_LABEL
 from evsam_lib.models.prompt_encoder import PADDING_LABEL, join_prompts, prompt_tokens
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Framed
 
 __all__ = ["Graph", "OnnxSam", "load_engine"]
 
@@ -69,7 +69,7 @@ class Graph:
         return dict(zip(names, map(torch.from_numpy, self.session.run(names, arrays)), strict=True))
 
 
-class OnnxSam:
+class OnnxSam(Framed):
     """An encoder and a decoder graph with the methods of `Sam` that `Predictor` uses.
 
     Args:
@@ -81,8 +81,6 @@ class OnnxSam:
     """
 
     dtype = torch.float32
-    mask_threshold = Sam.mask_threshold
-    preprocess, to_frame, quality, upscale = Sam.preprocess, Sam.to_frame, Sam.quality, Sam.upscale
 
     def __init__(self, encoder: Graph, decoder: Graph):
         card = decoder.card

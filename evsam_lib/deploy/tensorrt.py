@@ -359,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--part", help="encoder, decoder or pipeline (default: all that are there)")
     make.add_argument("--package", default="tensorrt", help="tensorrt (the default) or tensorrt_rtx")
     for axis in fields(Profile):
-        text = "one length, or least,usual,most (default {},{},{})".format(*axis.default)
+        text = "one length, or least,usual,most (default {},{},{})".format(*getattr(Profile, axis.name))
         make.add_argument(f"--{axis.name}", type=_span, default=axis.default, help=text)
     make.add_argument("--compute-capability", dest="capability", help="to build for, such as 8.9 (tensorrt_rtx)")
     make.add_argument("--version-compatible", action="store_true", help="for later versions and the lean runtime too")

@@ -1,9 +1,10 @@
 """What happens to some images: they are read ahead, encoded together, prompted together, and their masks measured."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -53,6 +54,17 @@ class Loaded:
     masks: np.ndarray | None = None
     noted: tuple[str, ...] = ()
 
+    @property
+    def truth(self) -> np.ndarray:
+        """`masks`, where there must be some.
+
+        Raises:
+            ValueError: they were not read.
+        """
+        if self.masks is None:
+            raise ValueError(f"{len(self.asked)} prompts came without the masks to measure by; read them with masks.")
+        return self.masks
+
 
 def load(images: CocoImages, model: Sam, job: Job, *, masks: bool) -> Loaded:
     """Reads the image of a job and, if asked to, decodes its annotations' masks.
@@ -76,7 +88,7 @@ def _check_size(image_id: int, image: np.ndarray, stated: tuple[int, int]) -> No
         )
 
 
-def read_ahead(read: Callable[[Job], Loaded], jobs: Iterable[Job], *, workers: int, ahead: int) -> Iterator[Loaded]:
+def read_ahead(read: Callable[[Job], Loaded], jobs: Iterable[Job], *, workers: int, ahead: int) -> Generator[Loaded]:
     """`map(read, jobs)` with `workers` threads that are at most `ahead` jobs in front; without workers, just that."""
     if workers == 0:
         yield from map(read, jobs)
@@ -110,9 +122,12 @@ def measure(
     """
     predictor.set_images([item.pixels for item in batch], [item.size for item in batch])
     owners = np.repeat(np.arange(len(batch)), [len(item.asked) for item in batch])  # (N,) of all prompts
-    ways = {"gt-box": _boxes, "points": _click, "detector-box": _segment}
-    options = {"clicks": clicks, "corner_clicks": corner_clicks} if prompt == "points" else {}
-    records = iter(ways[prompt](predictor, batch, owners, **options))
+    ways = {
+        "gt-box": _boxes,
+        "points": partial(_click, clicks=clicks, corner_clicks=corner_clicks),
+        "detector-box": _segment,
+    }
+    records = iter(ways[prompt](predictor, batch, owners))
     return [list(islice(records, len(item.asked))) for item in batch]
 
 
@@ -153,7 +168,7 @@ def _boxes(predictor: BatchPredictor, batch: list[Loaded], owners: np.ndarray) -
     place = _places(owners)
     ious = np.zeros(len(owners))
     for part, masks in predictor.masks(owners, boxes=_corners(asked)):
-        ious[part] = mask_iou(masks, batch[owners[part.start]].masks[place[part]])
+        ious[part] = mask_iou(masks, batch[owners[part.start]].truth[place[part]])
     return [_record(a) | {"iou": iou} for a, iou in zip(asked, ious.tolist(), strict=True)]
 
 
@@ -173,18 +188,19 @@ def _click(
     predictor: BatchPredictor, batch: list[Loaded], owners: np.ndarray, *, clicks: int, corner_clicks: bool
 ) -> list[dict]:
     """Clicks on all objects of all images side by side: click k of every object is decoded in one go."""
-    preds = [np.zeros_like(item.masks) for item in batch]
+    truths = [item.truth for item in batch]
+    preds = [np.zeros_like(truth) for truth in truths]
     place = _places(owners)
     points, labels = np.empty((len(owners), 0, 2), dtype=np.int64), np.empty((len(owners), 0), dtype=np.int64)
     objects = [_record(a) | {"iou": 0.0, "clicks": [], "iou_after_click": []} for item in batch for a in item.asked]
     active = np.arange(len(owners))
     for _ in range(clicks):
         if not corner_clicks:
-            wrong = [(pred != item.masks).any(axis=(1, 2)) for pred, item in zip(preds, batch, strict=True)]
+            wrong = [(pred != truth).any(axis=(1, 2)) for pred, truth in zip(preds, truths, strict=True)]
             active = np.flatnonzero(np.concatenate(wrong))
         new = [
-            next_clicks(item.masks, pred, points[owners == b])
-            for b, (item, pred) in enumerate(zip(batch, preds, strict=True))
+            next_clicks(truth, pred, points[owners == b])
+            for b, (truth, pred) in enumerate(zip(truths, preds, strict=True))
         ]
         points = np.concatenate([points, np.concatenate([xy for xy, _ in new])[:, None]], axis=1)  # (N, k, 2)
         labels = np.concatenate([labels, np.concatenate([sign for _, sign in new])[:, None]], axis=1)  # (N, k)
@@ -193,7 +209,7 @@ def _click(
             preds[owners[rows[0]]][place[rows]] = masks
         for i in active:
             objects[i]["clicks"].append([*points[i, -1].tolist(), int(labels[i, -1])])
-        ious = np.concatenate([mask_iou(pred, item.masks) for pred, item in zip(preds, batch, strict=True)])
+        ious = np.concatenate([mask_iou(pred, truth) for pred, truth in zip(preds, truths, strict=True)])
         for record, iou in zip(objects, ious.tolist(), strict=True):
             record["iou"] = iou
             record["iou_after_click"].append(iou)

@@ -1,6 +1,7 @@
 """python -m evsam_lib.evaluate: the command line, alone, as one shard of several, or under torchrun."""
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ __all__ = ["main"]
 
 SAM3_NAMES = ("SAM3", "LiteText", "ES-")  # how the names of `evsam_lib.sam3.zoo.MODELS` begin
 SAM3_OPTIONS = ("text", "context", "scale", "image_size")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -26,7 +28,10 @@ def main(words: list[str] | None = None) -> int:
     try:
         return _run(options)
     except (ValueError, OSError, ImportError) as error:  # OSError: missing and unreadable files
-        print(f"evsam_lib.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if getattr(error, "errno", None) in FULL:
+            text = f"{options.out} cannot be written: {error.strerror}; free some space, then --resume goes on."
+        print(f"evsam_lib.evaluate: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         part = parts.part_path(options.out, options.shard or arguments.torchrun_shard() or (1, 1))

@@ -37,10 +37,10 @@ def mean_iou(
     Returns:
         means and counts for "all", "small", "medium", "large"; the mean of an empty class is None.
     """
-    areas, ious = np.asarray(areas, dtype=np.float64), np.asarray(ious, dtype=np.float64)
+    size, iou = np.asarray(areas, dtype=np.float64), np.asarray(ious, dtype=np.float64)
     means, counts = {}, {}
     for name, (low, high) in SIZES.items():
-        inside = (areas >= low) & ((areas <= high) if inclusive_sizes else (areas < high))
+        inside = (size >= low) & ((size <= high) if inclusive_sizes else (size < high))
         counts[name] = int(inside.sum())
-        means[name] = float(ious[inside].mean()) if inside.any() else None
+        means[name] = float(iou[inside].mean()) if inside.any() else None
     return means, counts

@@ -9,9 +9,13 @@ very same numbers.
 import glob
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
+
+from evsam_lib.data.files import is_finite
 
 __all__ = ["append", "finished", "incomplete", "join_parts", "open_part", "part_path", "share"]
 
@@ -50,13 +54,13 @@ def open_part(path: Path, header: dict, *, resume: bool) -> tuple[set[int], Text
     earlier = _read(path) if resume and path.is_file() else None
     if earlier is None:  # none, or killed before its header was whole
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.open("w")
+        part = path.open("w", encoding="utf-8")
         append(part, [header])
         return set(), part
     there, lines, whole = earlier
     _check_same(header, there, path)
     os.truncate(path, whole)
-    return set(lines), path.open("a")
+    return set(lines), path.open("a", encoding="utf-8")
 
 
 def finished(out: str | Path, header: dict) -> list[Path] | None:
@@ -67,9 +71,12 @@ def finished(out: str | Path, header: dict) -> list[Path] | None:
     """
     out, header = Path(out), json.loads(json.dumps(header))
     for first in sorted(out.parent.glob(f"{glob.escape(out.stem)}.part-1-of-*.jsonl")):
-        count = int(first.stem.rpartition("-")[2])
-        files = [part_path(out, (number, count)) for number in range(1, count + 1)]
-        if not incomplete(files):
+        count = first.stem.rpartition("-")[2]
+        if not re.fullmatch("[1-9][0-9]{0,8}", count):  # no name of ours
+            continue
+        files = (part_path(out, (number, int(count))) for number in range(1, int(count) + 1))
+        files = list(takewhile(Path.is_file, files))  # up to the first that is missing, however many there should be
+        if len(files) == int(count) and not incomplete(files):
             _check_same(header, join_parts(files)[0], first)
             return files
     return None
@@ -103,7 +110,8 @@ def join_parts(paths: Sequence[Path]) -> tuple[dict, list[dict]]:
         lines = part[1] | lines  # the first to have an image counts
     missing = headers[0]["jobs"] - len(lines)
     if missing:
-        raise ValueError(f"{missing} of {headers[0]['jobs']} images are in none of the {len(paths)} parts.")
+        told = f"{missing} of {headers[0]['jobs']} images are in none of the {len(paths)} parts"
+        raise ValueError(f"{told} ({paths[0]}{', ...' if len(paths) > 1 else ''}).")
     return headers[0], [lines[position] for position in sorted(lines)]
 
 
@@ -127,12 +135,39 @@ def _read(path: Path) -> tuple[dict, dict[int, dict], int] | None:
         try:
             line = json.loads(text)
             if header is None:
-                header = {key: line[key] for key in ("jobs", "shard", "settings")} | line
+                header = _header(line)
             else:
-                lines.setdefault(line["position"], line)
-        except (ValueError, TypeError, KeyError) as error:
+                lines.setdefault(_position(line, header["jobs"]), line)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"Line {number} of {path} is damaged; delete the file and run again.") from error
-    return header, lines, whole
+    return None if header is None else (header, lines, whole)
+
+
+def _header(line: dict) -> dict:
+    """The header, if it has what others look for in it; else ValueError, TypeError or KeyError."""
+    settings = line["settings"]
+    whole = (
+        type(line["jobs"]) is int
+        and 0 <= line["jobs"] < 2**63
+        and isinstance(line["twice"], list)
+        and "image_ids" in line
+    )
+    if not whole or not isinstance(settings["rules"], dict) or not isinstance(settings.get("device", ""), str):
+        raise ValueError("no header")
+    return line
+
+
+def _position(line: dict, jobs: int) -> int:
+    """Where an image's line belongs, if it is whole; else ValueError, TypeError or KeyError."""
+    position, seconds = line["position"], line["seconds"]
+    known = type(position) is int and 0 <= position < jobs and is_finite(seconds)
+    if not known or not all(isinstance(reason, str) for reason in line["noted"]):
+        raise ValueError("no image's line")
+    for found in line["objects"]:
+        numbers = [found[key] for key in ("area", "iou", "score") if key in found]
+        if "image_id" not in found or not all(map(is_finite, [*numbers, *found.get("iou_after_click", [])])):
+            raise ValueError("no object's record")
+    return position
 
 
 def _check_same(expected: dict, found: dict, path: Path) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ DATASETS = ("coco", "lvis", "sginw")
 
 
 def evaluate(
-    model: Sam,
+    model: Any,
     images: CocoImages,
     *,
     prompt: str = "gt-box",
@@ -56,7 +57,7 @@ def evaluate(
     """Measures a model on images with annotations.
 
     Args:
-        model: the model, on whatever device and in whatever dtype it is. Evaluation mode is set and put back.
+        model: a `Sam` or what has its interface, on any device, in any dtype. Evaluation mode is set and put back.
         images: images with annotations in COCO's form.
         prompt: "gt-box", the annotation's own box; "points", clicks simulated against the annotation's mask; or
             "detector-box", the boxes of `detections`, all of them, whatever their score.
@@ -117,7 +118,7 @@ def evaluate(
     rules = {"keep_crowds": keep_crowds, "inclusive_sizes": inclusive_sizes, "min_area": min_area, "limit": limit}
     rules |= {"corner_clicks": corner_clicks, "choose": choose, "refine": refine, "pad_shards": pad_shards}
     skipped = Counter(getattr(images, "skipped", {})) + Counter(getattr(detections, "skipped", {}))
-    settings = {"prompt": prompt, "clicks": clicks if prompt == "points" else None, "dataset": dataset}
+    settings: dict[str, Any] = {"prompt": prompt, "clicks": clicks if prompt == "points" else None, "dataset": dataset}
     noted = Counter(getattr(images, "noted", {})) + Counter(getattr(detections, "noted", {}))
     settings |= plan.counts | {"skipped": dict(sorted(skipped.items())), "noted": dict(noted), "rules": rules}
     settings |= {"batch": batch or (1 if on_cpu else 16)} | _provenance(model, images, weights, detections)
@@ -157,18 +158,17 @@ def _run(predictor: BatchPredictor, images, jobs: list[Job], settings: dict, kee
     """Does jobs, batch by batch; `keep` is called with the lines of each."""
     model, was_training = predictor.model, predictor.model.training
     model.eval()
-    read = partial(load, images, model, masks=settings["prompt"] != "detector-box")
+    prompt, clicks, corner_clicks = settings["prompt"], settings["clicks"] or 0, settings["rules"]["corner_clicks"]
+    read = partial(load, images, model, masks=prompt != "detector-box")
     size = settings["batch"]
     ahead = read_ahead(read, jobs, workers=workers, ahead=workers + size)
-    way = {"prompt": settings["prompt"], "clicks": settings["clicks"] or 0}
-    way |= {"corner_clicks": settings["rules"]["corner_clicks"]}
-    bar = tqdm(total=len(jobs), desc=settings["prompt"], unit="image", disable=not progress)
+    bar = tqdm(total=len(jobs), desc=prompt, unit="image", disable=not progress)
     start = time.perf_counter()
     try:
         for first in range(0, len(jobs), size):
             batch = jobs[first : first + size]
             loaded = list(islice(ahead, len(batch)))
-            found = measure(predictor, loaded, **way)
+            found = measure(predictor, loaded, prompt=prompt, clicks=clicks, corner_clicks=corner_clicks)
             start, seconds = time.perf_counter(), (time.perf_counter() - start) / len(batch)
             keep(
                 {"position": job.position, "seconds": round(seconds, 4), "noted": item.noted, "objects": objects}
@@ -194,11 +194,17 @@ def merge(files: list[Path], *, annotations: str | Path | None = None, evaluator
 
     Raises:
         FileNotFoundError: a part is missing.
-        ValueError: parts of different runs, or images that no part has.
+        ValueError: parts of different runs, images that no part has, or lines that cannot be scored.
     """
     header, lines = parts.join_parts(files)
     header["settings"] |= {} if annotations is None else {"annotations": str(annotations)}
-    return _finish(header, lines, evaluator=evaluator)
+    try:
+        return _finish(header, lines, evaluator=evaluator)
+    except (KeyError, TypeError, IndexError, OverflowError, AttributeError) as error:  # readable, but not our lines
+        names = ", ".join(map(str, files[:3])) + (", ..." if len(files) > 3 else "")
+        raise ValueError(
+            f"{names} cannot be scored, a line is damaged: delete the damaged file and run again."
+        ) from error
 
 
 def _finish(header: dict, lines: list[dict], *, evaluator: str | None) -> dict:
@@ -223,7 +229,7 @@ def _finish(header: dict, lines: list[dict], *, evaluator: str | None) -> dict:
 def _scores(objects: list[dict], clicks: int, *, inclusive_sizes: bool) -> dict:
     areas = [record["area"] for record in objects]
     means, counts = mean_iou(areas, [record["iou"] for record in objects], inclusive_sizes=inclusive_sizes)
-    found = {"mIoU": means, "counts": counts}
+    found: dict[str, Any] = {"mIoU": means, "counts": counts}
     if clicks:
         found["mIoU_after_click"] = {
             str(k + 1): mean_iou(areas, [r["iou_after_click"][k] for r in objects], inclusive_sizes=inclusive_sizes)[0]

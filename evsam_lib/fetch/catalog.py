@@ -15,7 +15,7 @@ from pathlib import Path
 
 from evsam_lib.fetch.download import HUGGING_FACE, FetchError, Refused, ensure, part_of, record_of
 from evsam_lib.fetch.unpack import BadArchive, marker_of, unpack
-from evsam_lib.models.zoo import ZOO, Entry
+from evsam_lib.models.zoo import ZOO
 
 __all__ = ["DATA", "Item", "Source", "choose", "fetch", "state", "weights"]
 
@@ -60,7 +60,7 @@ class Item:
     rough_size: int | None = None
     gate: str | None = None
     members: str | None = None
-    makes: str | None = None
+    makes: str = ""
     count: int = 1
 
     @property
@@ -191,16 +191,20 @@ SAM3_FILES |= {
 
 def weights() -> dict[str, Source]:
     """The zoo's models that have a released checkpoint, then SAM3 and EfficientSAM3, by name."""
-    found = {name: Source("", entry.licence, (_checkpoint(entry),)) for name, entry in ZOO.items() if entry.checkpoint}
+    found = {
+        name: Source("", entry.licence, (_checkpoint(entry.checkpoint, entry.sha256),))
+        for name, entry in ZOO.items()
+        if entry.checkpoint
+    }
     for name, (file, folder) in SAM3_FILES.items():
         found[name] = Source("", _TERMS, (Item(f"{EFFICIENTSAM3_URL}/resolve/main/{folder}/{file}"),))
     sam3 = Item(f"{SAM3_PAGE}/resolve/main/sam3.pt", rough_size=3_450 * 10**6, gate=SAM3_PAGE)
     return found | {"SAM3": Source("", "SAM License", (sam3,))}
 
 
-def _checkpoint(entry: Entry) -> Item:
-    name = entry.file_name
-    return Item(entry.checkpoint, sha256=entry.sha256, size=SIZES.get(name), rough_size=ROUGH_SIZES.get(name))
+def _checkpoint(url: str, sha256: str | None) -> Item:
+    name = url.rsplit("/", 1)[-1]
+    return Item(url, sha256=sha256, size=SIZES.get(name), rough_size=ROUGH_SIZES.get(name))
 
 
 def choose(names: Iterable[str], sources: dict[str, Source]) -> dict[str, Source]:

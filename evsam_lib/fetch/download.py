@@ -131,7 +131,7 @@ def _download(
         path.parent.mkdir(parents=True, exist_ok=True)
         _bring(url, part, summed=expected is not None, size=size, room=room, token=token, say=say)
         found = _sum(part)
-        if expected not in (None, found):
+        if expected is not None and expected != found:
             _discard(part)
             raise FetchError(_wrong_sum(path, found, expected, public))
         part.replace(path)
@@ -308,7 +308,12 @@ def _sum(path: Path) -> str:
 
 def _recorded(path: Path) -> str | None:
     record = record_of(path)
-    return record.read_text(encoding="utf-8").split()[0] if record.is_file() else None
+    if not record.is_file():
+        return None
+    words = record.read_text(encoding="utf-8", errors="replace").split()
+    if not words or not re.fullmatch("[0-9a-f]{64}", words[0]):
+        raise FetchError(f"{record} is damaged, expected a sha256 and a name: delete it, and the next download counts")
+    return words[0]
 
 
 def _record(path: Path, found: str, say) -> None:
@@ -323,7 +328,7 @@ def _wrong_sum(path: Path, found: str, expected: str, public: bool) -> str:
     return f"{text}. The sum is that of the first download: if the file was replaced for good, delete {record_of(path)}"
 
 
-def _network_fault(error: Exception | str) -> str:
+def _network_fault(error: BaseException | str) -> str:
     if isinstance(error, socket.gaierror):
         return "no network, or no such host"
     if isinstance(error, TimeoutError):

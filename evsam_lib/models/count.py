@@ -113,9 +113,9 @@ class Ledger(TorchDispatchMode):
         """Parts by kinds."""
         return pd.DataFrame.from_dict(self.counts, orient="index", columns=[*PRODUCTS, "norm", "mul"])
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        rule = RULES.get(function.overloadpacket)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        rule = RULES.get(func.overloadpacket)
         if rule and self.kind != "counted":
             kind, count = rule(args, out)
             self.add("einsum" if self.kind == "einsum" and kind in PRODUCTS else kind, count)
@@ -135,15 +135,15 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.ledger = ledger
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         before = self.ledger.kind
-        if function is torch.einsum:
+        if func is torch.einsum:
             self.ledger.kind = "einsum"
-        elif function is F.scaled_dot_product_attention:
+        elif func is F.scaled_dot_product_attention:
             self._attention(*args[:3])
             self.ledger.kind = "counted"
         try:
-            return function(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
         finally:
             self.ledger.kind = before
 
@@ -165,7 +165,7 @@ def _part_of(name: str) -> str | None:
 def _parameters(model: nn.Module) -> pd.Series:
     found: dict[str, int] = dict.fromkeys(filter(None, (_part_of(name) for name, _ in model.named_modules())), 0)
     for name, parameter in model.named_parameters():
-        found[_part_of(name)] += parameter.numel()
+        found[_part_of(name) or name] += parameter.numel()
     return pd.Series(found)
 
 

@@ -26,7 +26,7 @@ from evsam_lib.data.transforms import Frame
 from evsam_lib.models.efficientvit import without_autocast
 from evsam_lib.models.mask_decoder import Attention, MaskDecoder, TwoWayBlock, TwoWayTransformer
 from evsam_lib.models.peers import sam_neck
-from evsam_lib.models.prompt_encoder import PADDING_LABEL, PositionEncoding, join_prompts
+from evsam_lib.models.prompt_encoder import PADDING_LABEL, BasePromptEncoder, join_prompts
 from evsam_lib.models.sam import Sam
 
 WIDTH, HEADS, HIDDEN, GRID = 256, 8, 2048, 64  # of the decoder, as in SAM
@@ -75,6 +75,7 @@ class PlainVit(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + PRETRAINED_GRID**2, width))
         self.patch_embed = PatchEmbed(None, 16, 3, width, flatten=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
+        # pyrefly: ignore[bad-argument-type]: timm's annotation has classes only, its own models pass partials too
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)])
         self.neck = sam_neck(width, WIDTH)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -94,7 +95,7 @@ class PlainVit(nn.Module):
             return F.interpolate(table, grid, mode="bicubic", align_corners=False)
 
 
-class EfficientSamPromptEncoder(nn.Module):
+class EfficientSamPromptEncoder(BasePromptEncoder):
     """Points and boxes as six slots.
 
     Args:
@@ -104,10 +105,7 @@ class EfficientSamPromptEncoder(nn.Module):
     """
 
     def __init__(self, embed_dim: int, grid: int, frame_size: int):
-        super().__init__()
-        self.grid = grid
-        self.frame_size = frame_size
-        self.pe_layer = PositionEncoding(embed_dim // 2)
+        super().__init__(embed_dim, grid, frame_size)
         self.invalid_points = nn.Embedding(1, embed_dim)
         self.point_embeddings = nn.Embedding(1, embed_dim)
         self.bbox_top_left_embeddings = nn.Embedding(1, embed_dim)
@@ -151,10 +149,6 @@ class EfficientSamPromptEncoder(nn.Module):
         learned = self.point_embeddings.weight
         table = torch.cat([torch.zeros_like(learned) if row is None else row.weight for row in rows])  # (5, C)
         return position.to(learned.dtype) + table[labels + 1], learned.new_zeros(1, 1, 1, 1, 1)
-
-    def dense_position(self) -> Tensor:
-        """Position encoding of every cell of the image embedding: (C, h, w)."""
-        return self.pe_layer.cells(self.grid).to(self.point_embeddings.weight.dtype)
 
 
 class GeluMLP(nn.Module):

@@ -5,6 +5,7 @@ decide parity and are easy to miss: GELU is the tanh approximation, BatchNorm's 
 linear attention has eps 1e-15. Notebooks 01 and 02 explain the blocks.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -156,7 +157,7 @@ class EfficientViTModule(nn.Module):
 class Sequence(nn.Module):
     """nn.Sequential under the name `op_list`, as the released checkpoints have it."""
 
-    def __init__(self, ops: list[nn.Module]):
+    def __init__(self, ops: Iterable[nn.Module]):
         super().__init__()
         self.op_list = nn.ModuleList(ops)
 

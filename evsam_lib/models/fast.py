@@ -6,11 +6,13 @@ without changing a number: no projection of the image is ever computed, and what
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from evsam_lib.models.peers import OfficialNames
 from evsam_lib.models.sam import Sam
 
 __all__ = ["FastEncoder", "compiled", "fold", "fused", "with_encoder"]
@@ -26,6 +28,7 @@ class FastEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, *, dtype: torch.dtype):
         super().__init__()
+        # pyrefly: ignore[no-matching-overload]: torch's overloads of Module.to leave memory_format out
         self.encoder = encoder.to(dtype=dtype, memory_format=torch.channels_last)
         self.dtype = dtype
 
@@ -55,7 +58,7 @@ def fused(model: Sam, *, dtype: torch.dtype = torch.float32) -> Sam:
     if model.training:
         raise ValueError(f"{model.name} is in training mode; folding needs model.eval().")
     encoder = fold(copy.deepcopy(model.image_encoder))
-    if hasattr(encoder, "official_names"):
+    if isinstance(encoder, OfficialNames):
         encoder.official_names = {}  # what folding leaves has none
     return with_encoder(model, FastEncoder(encoder, dtype=dtype).requires_grad_(False))
 
@@ -69,10 +72,9 @@ def compiled(model: Sam) -> Sam:
         model: such as `fused` makes it.
     """
     if model.device.type == "cpu":
-        options = {"options": {"freezing": True}}
-    else:
-        options = {"mode": "max-autotune"}  # brings CUDA graphs with it
-    encoder = torch.compile(model.image_encoder, dynamic=False, fullgraph=True, **options)
+        encoder = torch.compile(model.image_encoder, dynamic=False, fullgraph=True, options={"freezing": True})
+    else:  # brings CUDA graphs with it
+        encoder = torch.compile(model.image_encoder, dynamic=False, fullgraph=True, mode="max-autotune")
     return with_encoder(model, _OwnOutput(encoder))
 
 
@@ -89,8 +91,9 @@ def fold(module: nn.Module) -> nn.Module:
     Knows a convolution and its norm as neighbours in a module's list of children, which is how EfficientViT, TinyViT
     and RepViT have them, and timm's re-parametrisable blocks, which fold themselves.
     """
-    if hasattr(module, "fuse") and any(isinstance(child, nn.BatchNorm2d) for child in module.modules()):
-        return module.fuse()
+    own_way = getattr(module, "fuse", None)
+    if own_way is not None and any(isinstance(child, nn.BatchNorm2d) for child in module.modules()):
+        return own_way()
     before = None  # name of the convolution that comes right before
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None:
@@ -105,7 +108,7 @@ def fold(module: nn.Module) -> nn.Module:
 class _OwnOutput(nn.Module):
     """Copies what a CUDA graph returns: its next run writes to the same memory."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: Callable[[Tensor], Tensor]):
         super().__init__()
         self.encoder = encoder
 

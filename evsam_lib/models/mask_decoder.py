@@ -120,6 +120,8 @@ class FeedForward(nn.Module):
 class TwoWayBlock(nn.Module):
     """Tokens attend to themselves, then to the image; an MLP; then the image attends to the tokens."""
 
+    mlp: nn.Module
+
     def __init__(self, width: int, heads: int, hidden: int, *, eps: float, first: bool):
         super().__init__()
         self.first = first
@@ -187,6 +189,7 @@ class MaskDecoder(nn.Module):
     """
 
     mask_tokens_count = 4  # one for single-mask output, three for multimask output
+    iou_prediction_head: nn.Module
 
     def __init__(self, width: int, *, norm_eps: float, mlp_hidden: int = 2048, heads: int = 8, iou_hidden: int = 256):
         super().__init__()
@@ -229,7 +232,7 @@ class MaskDecoder(nn.Module):
         Returns:
             low-res logits (B, N, K, 4h, 4w) and predicted IoU (B, N, K), K = 3, 1 or 4.
         """
-        grid = embedding.shape[-2:]
+        height, width = embedding.shape[-2:]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(*sparse.shape[:2], -1, -1)
         tokens = torch.cat([own, sparse], dim=2)  # (B, N, 5 + T, C)
         mask = None if valid is None else F.pad(valid, (own.shape[2], 0), value=True)
@@ -241,7 +244,7 @@ class MaskDecoder(nn.Module):
         heads = [self.output_hypernetworks_mlps[i] for i in chosen]
         kernels = torch.stack([head(tokens[:, :, 1 + i]) for i, head in enumerate(heads)], dim=2)
         iou = self.iou_prediction_head(tokens[:, :, 0])[..., chosen.start : chosen.stop]
-        return self._masks(image, kernels, grid), iou
+        return self._masks(image, kernels, (height, width)), iou
 
     def _masks(self, image: Tensor, kernels: Tensor, grid: tuple[int, int]) -> Tensor:
         """image (B, N, h w, C), kernels (B, N, K, C / 8) -> logits (B, N, K, 4h, 4w)."""
@@ -261,7 +264,8 @@ class MaskDecoder(nn.Module):
         return x @ kernels.transpose(-1, -2)
 
 
-def _upscale_tokens(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+def _upscale_tokens(x: Tensor, layer: nn.Module) -> Tensor:
     """A transposed 2x2 convolution of stride 2 on channels-last tokens: (..., T, C) -> (..., 4 T, C')."""
+    assert isinstance(layer, nn.ConvTranspose2d) and layer.bias is not None
     weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * C', C)
     return F.linear(x, weight, layer.bias.repeat(4)).unflatten(-1, (4, layer.out_channels)).flatten(-3, -2)

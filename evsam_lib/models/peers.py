@@ -9,6 +9,7 @@ first, notebook 01 counts them all.
 import re
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,7 @@ class SamVit(OfficialNames):
             depth=spec.depth,
             num_heads=spec.heads,
             mlp_ratio=spec.mlp_ratio,
+            # pyrefly: ignore[bad-argument-type]: timm's annotation has classes only, its own models pass partials too
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=spec.window,
@@ -139,7 +141,7 @@ class TinyViT(OfficialNames):
         ensure_torchvision()
         from timm.models.tiny_vit import TinyVit
 
-        net = TinyVit(
+        net: Any = TinyVit(
             num_classes=0,
             embed_dims=TINY_WIDTHS,
             depths=TINY_DEPTHS,
@@ -220,7 +222,7 @@ class RepViT(OfficialNames):
         ensure_torchvision()
         from timm.models.repvit import RepVit
 
-        net = RepVit(
+        net: Any = RepVit(
             num_classes=0, embed_dim=REPVIT_WIDTHS, depth=REPVIT_DEPTHS, mlp_ratio=2, distillation=False, legacy=True
         )
         self.stem, self.stages = net.stem, net.stages

@@ -48,7 +48,7 @@ def join_prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | N
     if points is not None and labels is None:
         raise ValueError("Points were given without labels (1 positive, 0 negative).")
     parts, codes = [], []
-    if points is not None:
+    if points is not None and labels is not None:
         parts.append(points.float())
         codes.append(labels.long())
     if boxes is not None:
@@ -59,6 +59,8 @@ def join_prompts(points: Tensor | None, labels: Tensor | None, boxes: Tensor | N
 
 class PositionEncoding(nn.Module):
     """Random Fourier features of a position in [0, 1]^2. Always float32: half precision cannot tell pixels apart."""
+
+    positional_encoding_gaussian_matrix: Tensor
 
     def __init__(self, features: int):
         super().__init__()
@@ -86,7 +88,36 @@ class PositionEncoding(nn.Module):
         return self(torch.stack([x, y], dim=-1)).permute(2, 0, 1)
 
 
-class PromptEncoder(nn.Module):
+class BasePromptEncoder(nn.Module):
+    """What the prompt encoders of all models have in common: `tokens`, and where the cells of the embedding lie.
+
+    Called, one turns coords, labels and mask prompt into sparse and dense embeddings, see `PromptEncoder.forward`.
+
+    Args:
+        embed_dim: C.
+        grid: side of the image embedding in cells.
+        frame_size: side of the prompt frame in pixels.
+    """
+
+    def __init__(self, embed_dim: int, grid: int, frame_size: int):
+        super().__init__()
+        self.grid = grid
+        self.frame_size = frame_size
+        self.pe_layer = PositionEncoding(embed_dim // 2)
+
+    @staticmethod
+    def tokens(
+        points: Tensor | None = None, labels: Tensor | None = None, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `prompt_tokens`."""
+        return prompt_tokens(points, labels, boxes)
+
+    def dense_position(self) -> Tensor:
+        """Position encoding of every cell of the image embedding: (C, h, w)."""
+        return self.pe_layer.cells(self.grid).to(next(self.parameters()).dtype)
+
+
+class PromptEncoder(BasePromptEncoder):
     """Sparse and dense prompt embeddings.
 
     Args:
@@ -98,10 +129,7 @@ class PromptEncoder(nn.Module):
     """
 
     def __init__(self, embed_dim: int, grid: int, frame_size: int, *, mask_channels: int = 16):
-        super().__init__()
-        self.grid = grid
-        self.frame_size = frame_size
-        self.pe_layer = PositionEncoding(embed_dim // 2)
+        super().__init__(embed_dim, grid, frame_size)
         self.point_embeddings = nn.ModuleList([nn.Embedding(1, embed_dim) for _ in range(4)])
         self.not_a_point_embed = nn.Embedding(1, embed_dim)
         self.mask_downscaling = nn.Sequential(
@@ -115,8 +143,6 @@ class PromptEncoder(nn.Module):
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
 
-    tokens = staticmethod(prompt_tokens)
-
     def forward(self, coords: Tensor, labels: Tensor, mask_input: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embeds prompts.
 
@@ -129,7 +155,7 @@ class PromptEncoder(nn.Module):
             sparse (B, N, T, C), and dense (B, N, C, h, w), or (1, 1, C, 1, 1) when there is no mask prompt.
         """
         dtype = self.no_mask_embed.weight.dtype
-        table = torch.cat([self.not_a_point_embed.weight, *[e.weight for e in self.point_embeddings]])  # (5, C)
+        table = torch.cat([self.not_a_point_embed.weight, *self.point_embeddings.parameters()])  # (5, C)
         position = self.pe_layer((coords.float() + 0.5) / self.frame_size)  # + 0.5: centre of the pixel
         position = position * (labels != PADDING_LABEL)[..., None]  # the padding point has no place
         sparse = position.to(dtype) + table[labels.long() + 1]  # (B, N, T, C)
@@ -137,7 +163,3 @@ class PromptEncoder(nn.Module):
             return sparse, self.no_mask_embed.weight.reshape(1, 1, -1, 1, 1)
         dense = self.mask_downscaling(mask_input.flatten(0, 1).to(dtype))
         return sparse, dense.unflatten(0, mask_input.shape[:2])  # (B, N, C, h, w)
-
-    def dense_position(self) -> Tensor:
-        """Position encoding of every cell of the image embedding: (C, h, w)."""
-        return self.pe_layer.cells(self.grid).to(self.no_mask_embed.weight.dtype)

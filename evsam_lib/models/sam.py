@@ -4,7 +4,7 @@ The image encoder is what the models of this study differ in; EfficientSAM alone
 (`efficient_sam.py`). `encode` once per image, `decode` once per batch of prompts; notebook 01 draws the whole.
 """
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +12,113 @@ from torch import Tensor, nn
 
 from evsam_lib.data.transforms import Frame, LongestSide
 from evsam_lib.models.mask_decoder import MaskDecoder
-from evsam_lib.models.prompt_encoder import PromptEncoder
+from evsam_lib.models.prompt_encoder import BasePromptEncoder, PromptEncoder
 
 BestBy = Literal["predicted_iou", "stability"]
 
 
-class Sam(nn.Module):
+class PromptTokens(Protocol):
+    """Makes a prompt's tokens and knows where the cells of the embedding lie: a prompt encoder, or an engine."""
+
+    def tokens(
+        self, points: Tensor | None = None, labels: Tensor | None = None, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `prompt_encoder.prompt_tokens`."""
+        ...
+
+    def dense_position(self) -> Tensor | None:
+        """Position encoding of every cell (C, h, w); None where the decoder has it inside."""
+        ...
+
+
+class Promptable(Protocol):
+    """What `Predictor` asks of a model: a `Sam`, or exported graphs behind an engine; see `Sam` for its members."""
+
+    name: str
+    image_size: int
+    grid: int
+    mask_threshold: float
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def prompt_encoder(self) -> PromptTokens: ...
+
+    def preprocess(self, image: np.ndarray) -> Tensor: ...
+
+    def to_frame(self, coords: Tensor | np.ndarray, original_hw: tuple[int, int]) -> Tensor: ...
+
+    def embed(self, image: np.ndarray) -> Tensor: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(
+        self,
+        embedding: Tensor,
+        coords: Tensor,
+        labels: Tensor,
+        *,
+        mask_input: Tensor | None = None,
+        multimask_output: bool = True,
+        valid: Tensor | None = None,
+        image_code: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def quality(self, low_res: Tensor, iou: Tensor) -> Tensor: ...
+
+    def upscale(self, low_res: Tensor, original_hw: tuple[int, int]) -> Tensor: ...
+
+
+class Framed:
+    """The way from an image's pixels to a model and back, for whatever has a frame.
+
+    Attributes:
+        frame: see `evsam_lib.data.transforms`.
+        best_by: what chooses among several masks of one prompt, see `quality`.
+        mask_threshold: of the logits; above it is the mask.
+    """
+
+    frame: Frame
+    best_by: BestBy
+    mask_threshold: float = 0.0
+
+    def preprocess(self, image: np.ndarray) -> Tensor:
+        """(H, W, 3) uint8 RGB -> (3, S, S) float32 on the CPU, resized and normalised.
+
+        Raises:
+            ValueError: the image is not uint8 RGB.
+        """
+        return self.frame.preprocess(image)
+
+    def to_frame(self, coords: Tensor | np.ndarray, original_hw: tuple[int, int]) -> Tensor:
+        """(..., 2) points or (..., 4) boxes in XY pixels of the original image -> the prompt frame, float32."""
+        return self.frame.to_frame(coords, original_hw)
+
+    def quality(self, low_res: Tensor, iou: Tensor) -> Tensor:
+        """What chooses among several masks of one prompt: the highest is the best.
+
+        Predicted IoU, except for EdgeSAM. Its distillation left the IoU token out, and its authors choose by stability
+        score instead (EdgeSAM's README, "CoreML export").
+
+        Args:
+            low_res: (..., K, h, w) float, low-res logits.
+            iou: (..., K) float, predicted IoU.
+
+        Returns:
+            (..., K) float.
+        """
+        return iou if self.best_by == "predicted_iou" else stability_score(low_res, threshold=self.mask_threshold)
+
+    def upscale(self, low_res: Tensor, original_hw: tuple[int, int]) -> Tensor:
+        """Low-res logits (N, K, h, w) -> float32 logits (N, K, H, W). Pixels above `mask_threshold` are the mask."""
+        return self.frame.upscale(low_res, original_hw)
+
+
+class Sam(Framed, nn.Module):
     """A promptable segmentation model, made of its parts; `build_sam` makes SAM's own two around an image encoder.
 
     Args:
@@ -35,13 +136,11 @@ class Sam(nn.Module):
         grid: side of the embedding in cells; low-res logits have 4 * grid pixels.
     """
 
-    mask_threshold = 0.0
-
     def __init__(
         self,
         image_encoder: nn.Module,
-        prompt_encoder: nn.Module,
-        mask_decoder: nn.Module,
+        prompt_encoder: BasePromptEncoder,
+        mask_decoder: MaskDecoder,
         *,
         name: str,
         frame: Frame,
@@ -66,18 +165,6 @@ class Sam(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.mask_decoder.iou_token.weight.dtype
-
-    def preprocess(self, image: np.ndarray) -> Tensor:
-        """(H, W, 3) uint8 RGB -> (3, S, S) float32 on the CPU, resized and normalised.
-
-        Raises:
-            ValueError: the image is not uint8 RGB.
-        """
-        return self.frame.preprocess(image)
-
-    def to_frame(self, coords: Tensor | np.ndarray, original_hw: tuple[int, int]) -> Tensor:
-        """(..., 2) points or (..., 4) boxes in XY pixels of the original image -> the prompt frame, float32."""
-        return self.frame.to_frame(coords, original_hw)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) as `preprocess` makes them -> image embedding (B, C, grid, grid)."""
@@ -127,25 +214,6 @@ class Sam(nn.Module):
     def forward(self, images: Tensor, coords: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
         """`decode(encode(images), coords, labels, ...)`, see there."""
         return self.decode(self.encode(images), coords, labels, **options)
-
-    def quality(self, low_res: Tensor, iou: Tensor) -> Tensor:
-        """What chooses among several masks of one prompt: the highest is the best.
-
-        Predicted IoU, except for EdgeSAM. Its distillation left the IoU token out, and its authors choose by stability
-        score instead (EdgeSAM's README, "CoreML export").
-
-        Args:
-            low_res: (..., K, h, w) float, low-res logits.
-            iou: (..., K) float, predicted IoU.
-
-        Returns:
-            (..., K) float.
-        """
-        return iou if self.best_by == "predicted_iou" else stability_score(low_res, threshold=self.mask_threshold)
-
-    def upscale(self, low_res: Tensor, original_hw: tuple[int, int]) -> Tensor:
-        """Low-res logits (N, K, h, w) -> float32 logits (N, K, H, W). Pixels above `mask_threshold` are the mask."""
-        return self.frame.upscale(low_res, original_hw)
 
 
 def build_sam(

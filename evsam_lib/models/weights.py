@@ -40,8 +40,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:  # pickle alone has a dozen kinds
         if refused := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
             raise ValueError(
-                f"{path} is refused: it holds {refused[1]}, and only tensors are read. If you trust the file, load "
-                "it with torch yourself and save its state dict alone."
+                f"{path} is refused: it holds {_short(refused[1])}, and only tensors are read. If you trust the file, "
+                "load it with torch yourself and save its state dict alone."
             ) from error
         raise ValueError(f"{path} is not a readable weight file: {_damage(path) or _first_line(error)}") from error
     for key in ("state_dict", "model"):
@@ -49,6 +49,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} must hold a state dict (names to tensors), it holds {_content(state)}.")
+    for key, value in state.items():
+        if not isinstance(key, str) or value.is_meta or value.layout != torch.strided:
+            raise ValueError(f"{path} must hold plain tensors under their names, {_short(key)!r} is none.")
     return state
 
 
@@ -71,7 +74,7 @@ def load_strictly(
     source: str,
     known: Callable[[], dict[str, dict[str, tuple[int, ...]]]] | None = None,
 ) -> None:
-    """Loads `state` into `module`, which may be on the meta device; every name and shape must fit.
+    """Loads `state` into `module`, which may be on the meta device; every name, shape and kind of number must fit.
 
     Args:
         module: takes the tensors.
@@ -80,10 +83,11 @@ def load_strictly(
         known: the names and shapes of other models, asked only if the weights do not fit, to say whose they are.
 
     Raises:
-        ValueError: names are missing or unexpected, or shapes differ; says how many and which first, and which known
-            model they look like. The module is left as it was.
+        ValueError: names are missing or unexpected, shapes differ, or whole numbers stand where real ones belong; says
+            how many and which first, and which known model they look like. The module is left as it was.
     """
     expected = module.state_dict()
+    real = {key: value.is_floating_point() for key, value in expected.items()}
     problems = [
         *_named("missing", [key for key in expected if key not in state]),
         *_named("unexpected", [key for key in state if key not in expected]),
@@ -93,6 +97,14 @@ def load_strictly(
                 f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
                 for key in expected
                 if key in state and state[key].shape != expected[key].shape
+            ],
+        ),
+        *_named(
+            "of another type",
+            [
+                f"{key} {state[key].dtype} instead of {expected[key].dtype}"
+                for key in expected
+                if key in state and (state[key].is_complex() or state[key].is_floating_point() < real[key])
             ],
         ),
     ]
@@ -122,7 +134,7 @@ def whose_weights(
         likeness = {
             model: len(shapes & entries.items()) / len(shapes | entries.items()) for model, entries in known.items()
         }
-        best = max(likeness, key=likeness.get)
+        best = max(likeness, key=likeness.__getitem__)
         if likeness[best] >= 0.5 and (prefix or best != not_of):  # half of all names and shapes, or no claim is made
             start = f"Every name begins with {prefix!r}; without that" if prefix else "By names and shapes"
             entries = known[best].items()
@@ -163,11 +175,16 @@ def sha256(path: str | Path) -> str:
 def _named(what: str, keys: list[str]) -> list[str]:
     if not keys:
         return []
-    return [f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"]
+    return [f"{len(keys)} {what} ({', '.join(map(_short, keys[:3]))}{', ...' if len(keys) > 3 else ''})"]
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return _short(str(error).strip().splitlines()[0], 300) if str(error).strip() else type(error).__name__
+
+
+def _short(text: object, limit: int = 120) -> str:
+    """In one line, and not longer: a damaged file may hold anything."""
+    return " ".join(str(text).split())[:limit]
 
 
 def _damage(path: Path) -> str | None:
@@ -187,6 +204,8 @@ def _damage(path: Path) -> str | None:
 
 def _content(state: object) -> str:
     if isinstance(state, dict):
-        others = [f"{key!r}: {type(value).__name__}" for key, value in state.items() if not isinstance(value, Tensor)]
+        others = [
+            f"{_short(key)!r}: {type(value).__name__}" for key, value in state.items() if not isinstance(value, Tensor)
+        ]
         return f"also {', '.join(others[:3])}" if others else "nothing"
     return type(state).__name__

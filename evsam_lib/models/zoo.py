@@ -8,7 +8,7 @@ import difflib
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -86,7 +86,7 @@ def _efficientvit_sam_mini(*, name: str, frame: Frame) -> Sam:
 def _sam_vit(variant: str, *, name: str, frame: Frame) -> Sam:
     from evsam_lib.models.peers import VITS, SamVit
 
-    options = _MINI if variant == "mini" else {}
+    options: dict[str, Any] = _MINI if variant == "mini" else {}
     return build_sam(SamVit(VITS[variant]), name=name, frame=frame, norm_eps=1e-5, **options)
 
 
@@ -261,9 +261,10 @@ def weights_path(name: str, weights: str | Path | None) -> Path | None:
 
 def _official_path(name: str) -> Path:
     entry = ZOO[name]
-    if entry.checkpoint is None:
+    file_name = entry.file_name
+    if file_name is None:
         raise ValueError(f"{name} has no official weights; it is this study's own model, use weights='mini'.")
-    path = weight_files.weights_root() / entry.file_name
+    path = weight_files.weights_root() / file_name
     if not path.is_file():
         raise FileNotFoundError(
             f"No checkpoint at {path}; get it by `python -m evsam_lib.fetch weights {name}` "

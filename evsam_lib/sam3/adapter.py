@@ -7,6 +7,7 @@ encoder where no student is named, and small holes in clicked masks are filled. 
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +31,13 @@ def install() -> None:
     if "sam3" in sys.modules and not hasattr(sys.modules["sam3"], "evsam_adapter"):
         raise RuntimeError("A package named 'sam3' is already imported; the adapter would hide it.")
     names = ("sam3", "sam3.model_builder", "sam3.model", "sam3.model.sam3_image_processor")
-    package, builder, model, processors = (ModuleType(name) for name in names)
+    modules: list[Any] = [ModuleType(name) for name in names]
+    package, builder, model, processors = modules
     package.evsam_adapter, package.model_builder, package.model = True, builder, model
     package.__path__, model.__path__ = [], []
     builder.build_efficientsam3_image_model = build_efficientsam3_image_model
     model.sam3_image_processor, processors.Sam3Processor = processors, Sam3Processor
-    sys.modules |= dict(zip(names, (package, builder, model, processors), strict=True))
+    sys.modules |= dict(zip(names, modules, strict=True))
 
 
 def build_efficientsam3_image_model(
@@ -89,7 +91,7 @@ def build_efficientsam3_image_model(
     if text_encoder_type is not None and text is None:
         known = ", ".join(row.official for row in TEXTS.values())
         raise ValueError(f"No text encoder {text_encoder_type}; there are {known}.")
-    model = load_sam3(
+    model: Any = load_sam3(
         name,
         checkpoint_path,
         text=text or "SAM3",

@@ -8,6 +8,7 @@ EfficientViT-SAM, and both families stand in one table. The detector's neck is l
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,8 +69,9 @@ class ClickModel(nn.Module):
     """
 
     mask_threshold = 0.0
+    video: Any
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         if "tracker" in model.report.absent:
             raise ValueError(f"{model.report.source} held no tracker, so this model takes no points and boxes.")

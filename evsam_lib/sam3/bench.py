@@ -190,9 +190,9 @@ def _watching(model: nn.Module, *, gpu: bool) -> Iterator[_Watch]:
     for name, module in model.named_modules():
         outer = parts[name.rpartition(".")[0]]
         # The enlarging of the student's map to SAM3's grid is done by the trunk itself, and goes with the head.
-        parts[name] = "head" if isinstance(module, StudentTrunk) else part_of(name)
-        if parts[name] not in (None, outer):
-            handles.append(module.register_forward_pre_hook(lambda *_, part=parts[name]: watch.enter(part)))
+        part = parts[name] = "head" if isinstance(module, StudentTrunk) else part_of(name)
+        if part is not None and part != outer:
+            handles.append(module.register_forward_pre_hook(lambda *_, part=part: watch.enter(part)))
             handles.append(module.register_forward_hook(lambda *_: watch.leave()))
     try:
         yield watch
@@ -215,8 +215,7 @@ def _conditions(
         inputs=[],
     )
     costs = {
-        f"{column}_of_parts": {part: int(ledger.loc[part, column]) for part in PARTS}
-        for column in ("parameters", "macs")
+        f"{column}_of_parts": {part: int(ledger[column][part]) for part in PARTS} for column in ("parameters", "macs")
     }
     speed = {"gemm_flops": max(ceilings), "gemm_flops_before_and_after": ceilings}
     return origin | {"scope": "one image, one phrase, one box"} | speed | costs | surroundings()
@@ -330,7 +329,7 @@ def _one(name: str, options: Options, out: Path | None, *, resume: bool) -> dict
         print(f"{path}: already there", flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
     result = bench_sam3(name, options, say=lambda line: print(line, flush=True))
-    if path is not None:
+    if out is not None and path is not None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result, indent=1, default=str) + "\n")
     return result

@@ -8,6 +8,7 @@ Notebook 16 draws it.
 
 import re
 from functools import partial
+from typing import Any
 
 import pandas as pd
 import torch
@@ -71,7 +72,7 @@ def count_sam3(
     ledger = Ledger()
     with torch.no_grad(), ledger.watching(model, part_of):
         _one_image_one_phrase(model, config)
-    table = ledger.table().reindex(PARTS).fillna(0).astype("int64")
+    table = ledger.table().reindex(list(PARTS)).fillna(0).astype("int64")
     table.insert(0, "macs", table[list(PRODUCTS)].sum(axis=1))
     table.insert(0, "parameters", _parameters(model))
     sums = {"trunk": ("backbone", "head"), "vision": IMAGE, "phrase": PHRASE, "detector": (*IMAGE, *PHRASE)}
@@ -80,7 +81,7 @@ def count_sam3(
     return table.astype("int64")[["parameters", "macs", *PRODUCTS]].rename_axis(index="part")
 
 
-def _one_image_one_phrase(model: nn.Module, config) -> None:
+def _one_image_one_phrase(model: Any, config) -> None:
     side, tokens = config.image_size, config.detector_config.text_config.max_position_embeddings
     features = model.detector_model.get_vision_features(torch.zeros(1, 3, side, side, device="meta"))
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
@@ -119,5 +120,5 @@ def part_of(name: str) -> str | None:
 def _parameters(model: nn.Module) -> pd.Series:
     found = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        found[part_of(name)] += parameter.numel()
+        found[part_of(name) or name] += parameter.numel()
     return pd.Series(found)

@@ -6,7 +6,7 @@ official loader places what fits and passes over the rest; the model's `report` 
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -74,8 +74,8 @@ def load_sam3(
         path = _weights_path(name, weights, config.study["text"])
         state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
-        model = Sam3VideoModel(config)
-        model.report = _random_start(model) if state is None else _fill(model, state, path, without)
+        model: Any = Sam3VideoModel(config)
+        model.report = _random_start(model) if path is None or state is None else _fill(model, state, path, without)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -219,7 +219,7 @@ def _from_hub(repository: str, config):
     from transformers import Sam3VideoModel
 
     try:
-        model, info = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
+        loaded: Any = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         gated = isinstance(error, GatedRepoError)
         why = "its owners have not admitted this account" if gated else "no network, or no access"
@@ -227,6 +227,7 @@ def _from_hub(repository: str, config):
             f"{repository} cannot be read ({why}): ask for access at https://huggingface.co/{repository}, then set "
             "HF_TOKEN or run `hf auth login`; or give a file's path, or use LiteText or a student."
         ) from error
+    model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{repository} does not fit transformers' Sam3VideoModel: {wrong}.")

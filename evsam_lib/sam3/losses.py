@@ -108,7 +108,8 @@ def match_many(logits: Tensor, boxes: Tensor, targets: Targets) -> tuple[Tensor,
     quality = torch.zeros_like(quality).scatter(2, owner, quality.gather(2, owner))
     best = quality.topk(min(MANY["most"], quality.shape[1]), dim=1).values[:, -1:]
     chosen = (quality >= torch.maximum(best, torch.tensor(MANY["threshold"]))) | (quality == quality.amax(1, True))
-    return (chosen & (quality > 0)).nonzero().unbind(1)
+    phrase, query, instance = (chosen & (quality > 0)).nonzero().unbind(1)
+    return phrase, query, instance
 
 
 def concept_losses(found: Found, targets: Targets, weights: Weights) -> dict[str, Tensor]:
@@ -135,9 +136,11 @@ def concept_losses(found: Found, targets: Targets, weights: Weights) -> dict[str
         )
         presence = F.binary_cross_entropy_with_logits(found.presence[layer].float(), present.float())
         total = total + weights.presence * presence
-    parts |= _mask_losses(found, targets, pairs)
-    total = total + weights.mask * parts["mask"] + weights.dice * parts["dice"]
-    return {"loss": total} | {k: v.detach() for k, v in (parts | {"presence": presence}).items()}
+        if last:
+            parts |= {"presence": presence, **_mask_losses(found, targets, pairs)}
+            total = total + weights.mask * parts["mask"] + weights.dice * parts["dice"]
+            return {"loss": total} | {name: value.detach() for name, value in parts.items()}
+    raise ValueError("A loss needs the answers of at least one layer, got none.")
 
 
 def _box_losses(boxes: Tensor, targets: Targets, pairs) -> dict[str, Tensor]:
@@ -181,4 +184,5 @@ def _joined(pairs: list, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     phrase = [p for p, query, _ in pairs for _ in query]
     query = [q for _, rows, _ in pairs for q in rows]
     instance = [m for _, _, columns in pairs for m in columns]
-    return tuple(torch.tensor(x, dtype=torch.long, device=device) for x in (phrase, query, instance))
+    first, second, third = (torch.tensor(x, dtype=torch.long, device=device) for x in (phrase, query, instance))
+    return first, second, third

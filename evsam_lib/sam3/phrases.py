@@ -65,6 +65,7 @@ class CocoPhrases(Sequence):
     def __len__(self) -> int:
         return len(self.images)
 
+    # pyrefly: ignore[bad-override]: by place alone, nobody takes slices
     def __getitem__(self, index: int) -> ConceptImage:
         record = self.images[index]
         pixels = self.images.read(record)
@@ -174,14 +175,14 @@ class _Asking:
 
 def _finish(header: dict, lines: list[dict], images: Sequence[ConceptImage]) -> dict:
     """cgF1 of all pairs, AP of all masks; masks leave the objects and become the results."""
-    settings, coco = header["settings"], isinstance(images, CocoPhrases)
+    settings = header["settings"]
     pairs = [pair for line in lines for pair in line["objects"]]
-    left_out = images.crowded if coco else set()
+    left_out = images.crowded if isinstance(images, CocoPhrases) else set()
     counted = cgf1(_counts(pair) for pair in pairs if pair["pair_id"] not in left_out)
     summary = {"cgF1": counted.cgf1, "pmF1": counted.pmf1, "MCC": counted.mcc, "pairs": counted.pairs}
     summary |= {"positive": counted.positive, "pairs_with_crowds": len(pairs) - counted.pairs, "images": len(lines)}
     result = {}
-    if coco:
+    if isinstance(images, CocoPhrases):
         result["results"] = [found for line in lines for found in _best(line["objects"])]
         ids = [images.images[line["position"]].image_id for line in lines]
         summary |= scores.coco_ap(images.path, result["results"], image_ids=ids)

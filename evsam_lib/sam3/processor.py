@@ -277,7 +277,8 @@ class Sam3Processor:
         points = np.array([p for p, _ in state.points]) if state.points else None
         labels = np.array([label for _, label in state.points]) if state.points else None
         several = len(state.points) == 1 and state.box is None  # one click is ambiguous, more are not
-        return self.predict(state, point_coords=points, point_labels=labels, box=state.box, multimask_output=several)
+        box = None if state.box is None else np.array(state.box)
+        return self.predict(state, point_coords=points, point_labels=labels, box=box, multimask_output=several)
 
     def _clicks(self, state: ImageState, points, labels, box) -> dict[str, Tensor | None]:
         """Prompts in the model's frame; a box comes as two corners before the points, as SAM 2 has it."""
@@ -314,10 +315,10 @@ class Sam3Processor:
         if mask is None:
             return None
         side = self.model.tracker_model.prompt_encoder.mask_input_size[0]
-        mask = torch.as_tensor(np.asarray(mask), dtype=self.model.dtype, device=self.model.device)
-        if mask.shape != (1, side, side):
-            raise ValueError(f"mask_input must have shape (1, {side}, {side}), got {tuple(mask.shape)}.")
-        return mask[None]
+        logits = torch.as_tensor(np.asarray(mask), dtype=self.model.dtype, device=self.model.device)
+        if logits.shape != (1, side, side):
+            raise ValueError(f"mask_input must have shape (1, {side}, {side}), got {tuple(logits.shape)}.")
+        return logits[None]
 
     def _tracked(self, state: ImageState) -> list[Tensor]:
         """The tracker's view of the image: its own neck's maps, coarse last, `no_memory_embedding` added."""

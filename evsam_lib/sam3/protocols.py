@@ -99,7 +99,9 @@ def box_table(
         kept = _kept(study, "coco", "gt-box-single", row, limit)
         options = {"choose": "single", "keep_crowds": False, "limit": limit or None}
         clicks = ClickModel(model)
+        assert images is not None  # else no row is measured
         result = evaluate(clicks, images, prompt="gt-box", **options, **kept, weights=clicks.weights)
+        assert result is not None  # of one shard
         _write(study, result, f"boxes_{row.title}{row.suffix}")
         found, status = result["summary"], _status(study, images)
         return [
@@ -143,7 +145,9 @@ def phrase_table(
         found = {}
         for name, images in sets.items():
             kept = _kept(study, name, "phrase", row, limit)
+            assert images is not None  # else no row is measured
             result = evaluate_phrases(model, images, limit=limit or None, **kept)
+            assert result is not None  # of one shard
             _write(study, result, f"phrases_{name}_{row.title}{row.suffix}")
             found[name] = result["summary"]
         status = _status(study, *sets.values())

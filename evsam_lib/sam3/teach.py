@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,13 @@ def main() -> None:
     head = cell_head(model)
     if options.head:
         head.load_state_dict(read_state_dict(options.head))
-    shared = {"steps": options.steps, "batch_size": options.batch, "lr": options.lr, "seed": SEED, "keep": 1}
+    shared: dict[str, Any] = {
+        "steps": options.steps,
+        "batch_size": options.batch,
+        "lr": options.lr,
+        "seed": SEED,
+        "keep": 1,
+    }
     shared |= {"warmup_steps": 30, "clip_norm": 1.0, "weight_decay": 0.02, "checkpoint_every": 100}
     out = options.out / options.phase
     if options.phase == "trunk":
@@ -302,18 +309,20 @@ class _TeacherObjective(ConceptObjective):
     def train_mode(self) -> None:
         self.model.eval()  # no dropout
 
+    # pyrefly: ignore[bad-override]: a batch here is one of the parent, and what its cells hold; so below
     def image_ids(self, batch: tuple) -> list[int]:
         return super().image_ids(batch[0])
 
-    def prepare(self, batch: tuple) -> tuple:
+    def prepare(self, batch: tuple) -> tuple:  # pyrefly: ignore[bad-override]
         return super().prepare(batch[0]), batch[1]
 
+    # pyrefly: ignore[bad-override]
     def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
         (asked, cells), model = batch, self.model["sam3"]
         fine = len(asked.masked) > 0
         encode = model.detector_model.vision_encoder if fine else partial(encode_coarsely, model)
         with autocast(self.clock.device, self.settings.amp):
-            vision = encode(asked.frames)
+            vision: Any = encode(asked.frames)
             text, mask = phrase_features(model, asked.phrases)
             found = detect(model, vision, asked.image_of, text, mask, masked=asked.masked)
             said = self.model["covered"](found.cells).squeeze(-1).float()  # (P, T)

@@ -6,7 +6,7 @@ and normalised as ImageNet's while the finished model gets them stretched. Defau
 turns each back. Teacher and student see the same pixels. Not rebuilt: the decay of learning rates from layer to layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,8 @@ def text_loss(
     """
     s, t = student[mask].float(), teacher[mask].float()
     l2, along = F.mse_loss(s, t), F.cosine_similarity(s, t, dim=1).mean()
-    means = [(x.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) for x in (student, shuffled)]
-    consistency = F.mse_loss(*means)
+    own, other = ((x.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True) for x in (student, shuffled))
+    consistency = F.mse_loss(own, other)
     weight = consistency_weight * (2 if official else 1)
     loss = l2 + cosine_weight * (1 - along) + weight * consistency
     return {"loss": loss, "l2": l2.detach(), "cosine": along.detach(), "consistency": consistency.detach()}
@@ -285,10 +285,13 @@ def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
 
 
-class _Stage1(Objective):
+class _Stage1(Objective[Any]):
     """What both students share: batches that are tuples, places first, and the schedule."""
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, settings: Stage) -> None:
+    settings: Any  # of the student's own kind
+    with_target: Callable[..., tuple[Tensor, ...]]  # what `make` gave, with the teacher's answer
+
+    def __init__(self, model: nn.Module, teacher: Any, settings: Stage) -> None:
         super().__init__(model)
         self.settings, self.clip_norm = settings, settings.clip_norm
         self._teacher = (teacher,)  # in a tuple it is no part of this module

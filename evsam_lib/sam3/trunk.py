@@ -6,6 +6,8 @@ of 14 pixels a cell. Importing this module registers the trunk, so `Sam3VisionCo
 and with it the detector, the tracker and the video model. Notebook 16 counts it.
 """
 
+from typing import Any
+
 import timm
 import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
@@ -39,13 +41,13 @@ class StudentTrunkConfig(PreTrainedConfig):
 class StudentTrunk(PreTrainedModel):
     """Image to the tokens of SAM3's trunk, by a small network. Random start; no weights are fetched."""
 
-    config: StudentTrunkConfig
+    config: StudentTrunkConfig  # pyrefly: ignore[bad-override-mutable-attribute]: as transformers' own models do
     main_input_name = "pixel_values"
 
     def __init__(self, config: StudentTrunkConfig):
         super().__init__(config)
-        self.net = timm.create_model(config.backbone, pretrained=False, features_only=True, out_indices=(-1,))
-        width = self.net.feature_info.channels()[-1]
+        net: Any = timm.create_model(config.backbone, pretrained=False, features_only=True, out_indices=(-1,))
+        self.net, width = net, net.feature_info.channels()[-1]
         self.head = nn.Sequential(
             nn.Conv2d(width, config.hidden_size, 1, bias=False),
             nn.BatchNorm2d(config.hidden_size),
@@ -65,8 +67,9 @@ class StudentTrunk(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Keeps timm's start. A model made from files comes from the meta device, where TinyViT's table of offsets,
         which no file holds, is lost: it is computed again."""
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        computed = getattr(module, "init_non_persistent_buffers", None)
+        if computed is not None:
+            computed()
 
 
 AutoConfig.register(StudentTrunkConfig.model_type, StudentTrunkConfig)

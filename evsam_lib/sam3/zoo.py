@@ -170,7 +170,7 @@ def configuration(
     size = SCALES[scale].image_size if image_size is None else image_size
     vision = _vision(name, SCALES[scale], size)
     detector = _detector(vision, text, _context(text, context), SCALES[scale])
-    small = {} if scale == "full" else {"fill_hole_area": 0}
+    small: dict[str, Any] = {} if scale == "full" else {"fill_hole_area": 0}
     config = Sam3VideoConfig(
         detector_config=detector,
         tracker_config=_tracker(vision, SCALES[scale], size),
@@ -307,5 +307,5 @@ def _tracker(vision, scale: Scale, size: int):
         mask_downsampler_embed_dim=scale.width,
         memory_fuser_embed_dim=scale.width,
         memory_fuser_intermediate_dim=4 * scale.width,
-        image_size=size,
+        image_size=size,  # pyrefly: ignore[unexpected-keyword]: its __post_init__ takes it
     )

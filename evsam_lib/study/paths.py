@@ -49,11 +49,11 @@ def publish(ready: Path, folder: Path) -> None:
     recover(folder)
     old = work_folder(folder, "old")
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         old.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(old)
     ready.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def recover(folder: Path) -> None:
@@ -61,6 +61,15 @@ def recover(folder: Path) -> None:
     old = work_folder(folder, "old")
     if old.exists() and not folder.exists():
         old.rename(folder)
+
+
+def _remove(old: Path) -> None:
+    """Remove a folder; it stops being one at once, so that `recover` never brings back the rest of it."""
+    doomed = old.with_name(f"{old.name}.gone")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if old.exists():
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> Path:

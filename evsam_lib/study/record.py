@@ -4,7 +4,6 @@
 """
 
 import importlib.util
-import io
 import json
 import math
 import os
@@ -21,9 +20,10 @@ from typing import Any
 import pandas as pd
 
 from .paths import digest, publish, recover, resolve, shown, work_folder
+from .picture import encode
 from .provenance import provenance
 from .reference import COMPUTED, GENERATED, MEASURED, compare
-from .tables import COLUMNS, read_table, result_markdown
+from .tables import COLUMNS, read_record, read_table, result_markdown
 
 __all__ = ["RUNNER", "Result", "Study", "begin"]
 
@@ -126,14 +126,17 @@ class Result:
         """Path of a file that the notebook kept.
 
         Raises:
-            FileNotFoundError: there is none of that name; names those there are.
+            FileNotFoundError: there is none of that name; names those there are, and the command that makes them.
         """
         path = self.folder / name
         if not path.is_file():
             have = ", ".join(
                 sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
             )
-            raise FileNotFoundError(f"{shown(self.folder)} holds no {name}; it holds {have}")
+            raise FileNotFoundError(
+                f"{shown(self.folder)} holds no {name}; it holds {have}. Checkpoints do not come with the repository: "
+                f"`python -m evsam_lib.run --profile {self.folder.parent.name} {self.folder.name[:2]}` makes them"
+            )
         return path
 
 
@@ -151,8 +154,8 @@ class Study:
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     run_id: str = field(default_factory=lambda: f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(3)}")
     _rows: dict[tuple, dict] = field(default_factory=dict, repr=False)
-    _metrics: dict[str, float] = field(default_factory=dict, repr=False)
-    _figures: dict[str, bytes] = field(default_factory=dict, repr=False)
+    _metrics: dict[str, float | None] = field(default_factory=dict, repr=False)
+    _figures: dict[str, tuple[str, bytes]] = field(default_factory=dict, repr=False)  # suffix, file
     _files: list[str] = field(default_factory=list, repr=False)
     _inputs: list[dict] = field(default_factory=list, repr=False)
 
@@ -215,7 +218,7 @@ class Study:
         self._metrics[name] = _number(value, name)
 
     def figure(self, fig: Any, name: str, *, title: str = "", caption: str = "") -> None:
-        """Show a matplotlib figure and keep it as figures/<name>.png. The figure is closed.
+        """Show a matplotlib figure and keep it in figures/, <name>.png or, with photographs, .jpg. It is closed.
 
         Args:
             fig: the figure.
@@ -230,11 +233,10 @@ class Study:
         title = title or fig.get_suptitle() or next((ax.get_title() for ax in fig.axes if ax.get_title()), name)
         order = list(self._figures).index(name) if name in self._figures else len(self._figures)
         text = {"Title": " ".join(title.split()), "Description": " ".join(caption.split()), "Order": str(order)}
-        buffer = io.BytesIO()
-        fig.savefig(buffer, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None} | text)
-        self._figures[name] = buffer.getvalue()
+        suffix, data, width = encode(fig, text)
+        self._figures[name] = suffix, data
         plt.close(fig)  # else the inline backend shows it a second time
-        _show(buffer.getvalue(), text["Title"])
+        _show(data, text["Title"], width)
 
     def file(self, name: str) -> Path:
         """A path to write to (a checkpoint, a log); `save` keeps the file with the result."""
@@ -284,6 +286,7 @@ class Study:
 
         Raises:
             FileNotFoundError: it has not run yet; says which command runs it.
+            ValueError: a file of it is damaged.
         """
         folder = self.folder.parent / name
         recover(folder)
@@ -292,8 +295,7 @@ class Study:
                 f"{self.name} builds on {name}, and {shown(folder)} holds no result: "
                 f"run `python -m evsam_lib.run --profile {self.profile} {name[:2]}` first"
             )
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return Result(folder, metrics, read_table(folder))
+        return Result(folder, read_record(folder / "metrics.json", run_id=str), read_table(folder))
 
     def save(self) -> pd.DataFrame:
         """Write the result, whole or not at all, and return the comparison with the paper.
@@ -322,8 +324,8 @@ class Study:
                 raise FileNotFoundError(f"{self.name} asked to keep {name} but wrote no such file")
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, new / name)
-        for name, png in self._figures.items():
-            (new / "figures" / f"{name}.png").write_bytes(png)
+        for name, (suffix, data) in self._figures.items():
+            (new / "figures" / f"{name}{suffix}").write_bytes(data)
         table.to_csv(new / "table.csv", index=False)
         _write_json(new / "metrics.json", metrics)
         _write_json(new / "provenance.json", origin)
@@ -356,16 +358,14 @@ def _number(value: Any, where: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _show(png: bytes, title: str) -> None:
+def _show(data: bytes, title: str, width: int) -> None:
     """Display the very picture that is saved, where somebody looks."""
     if "IPython" not in sys.modules:
         return
     from IPython import display, get_ipython
-    from PIL import Image
 
     if get_ipython() is not None:
-        width = Image.open(io.BytesIO(png)).width * 2 // 3  # 144 pixels an inch, shown at a screen's 96
-        display.display(display.Image(png, width=width, alt=title))
+        display.display(display.Image(data, width=width, alt=title))
 
 
 def _write_json(path: Path, values: dict) -> None:

@@ -4,17 +4,17 @@
 figures and tables, and the verdict on every number the paper prints. Made by notebook 20_report.
 """
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from PIL import Image
 
 from .families import side_by_side
 from .paths import repo_root, resolve, write_text
+from .picture import labels
 from .reference import GENERATED, compare, kind
-from .tables import COLUMNS, MINI, digits, origin_line, pipes, read_table, title, wide
+from .tables import COLUMNS, MINI, damaged, digits, origin_line, pipes, read_record, read_table, title, wide
 
 __all__ = ["build_report", "verdict_counts"]
 
@@ -26,7 +26,8 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     """Write results/<profile>/RESULTS.md from what the notebooks left there.
 
     Raises:
-        FileNotFoundError: there is no folder of results for this profile.
+        FileNotFoundError: there is no folder of results for this profile, or a result lacks a file.
+        ValueError: a file of a result is damaged.
     """
     root = resolve(results_root) / profile
     if not root.is_dir():
@@ -41,7 +42,7 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     parts = [_head(profile, cells), beside, "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
     parts += ["# Every number the paper prints"]
-    parts += [_verdicts(name, rows) for name, rows in cells.groupby("table", sort=False)]
+    parts += [_verdicts(str(name), rows) for name, rows in cells.groupby("table", sort=False)]
     parts += [_runs(root, folders)]
     return write_text(root / "RESULTS.md", "\n\n".join(part for part in parts if part) + "\n")
 
@@ -77,32 +78,50 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
 
 def _section(folder: Path, table: pd.DataFrame) -> str:
     """One notebook: its title and claim, figures, tables, origin. Empty if it made neither."""
-    figures = [_picture(file) for file in folder.glob("figures/*.png")]
+    figures = [_picture(file) for file in folder.glob("figures/*.*")]
     if not figures and not len(table):
         return ""
     heading, claim = _title_and_claim(folder)
     parts = [f"## {heading}", claim]
     for _, name, finding, caption in sorted(figures):
         parts.append(f"![{finding}]({folder.name}/figures/{name})\n\n*{finding}.{' ' + caption if caption else ''}*")
-    parts += [wide(name, rows) for name, rows in table.groupby("table", sort=False)]
-    parts.append(origin_line(json.loads((folder / "provenance.json").read_text(encoding="utf-8"))))
+    parts += [wide(str(name), rows) for name, rows in table.groupby("table", sort=False)]
+    parts.append(origin_line(_origin(folder)))
     return "\n\n".join(part for part in parts if part)
 
 
 def _picture(file: Path) -> tuple[int, str, str, str]:
     """Order, file name, title and caption of a figure; they travel in the picture itself."""
-    with Image.open(file) as picture:
-        text = dict(getattr(picture, "text", {}))
-    return int(text.get("Order", 0)), file.name, text.get("Title", file.stem).rstrip("."), text.get("Description", "")
+    try:
+        text = labels(file)
+        order = int(text.get("Order", 0))
+    except Exception as error:  # Pillow's readers have many kinds
+        raise damaged(file, error) from error
+    return order, file.name, text.get("Title", file.stem).rstrip("."), text.get("Description", "")
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """provenance.json, with what `origin_line` and `_runs` show of it."""
+    file = folder / "provenance.json"
+    texts = {"git": dict, "machine": dict, "versions": dict, "profile": str, "run_id": str, "finished": str}
+    found = read_record(file, **texts, seconds=(int, float), gpu=(str, type(None)))
+    if not {"seed", "threads"} <= found.keys() or "cpu" not in found["machine"]:
+        raise damaged(file, "expected seed, threads and the machine's cpu")
+    if not {"sha", "dirty"} <= found["git"].keys() or not isinstance(found["git"]["sha"], str | None):
+        raise damaged(file, "expected the commit")
+    return found
 
 
 def _title_and_claim(folder: Path) -> tuple[str, str]:
     """Heading and first sentence of the notebook, from its executed copy or its source; else the folder's name."""
     for file in (folder / "run.ipynb", repo_root() / "notebooks" / f"{folder.name}.ipynb"):
         if file.is_file():
-            import nbformat  # takes seconds, and few who import this package build a report
+            from .params import UsageError, read_notebook  # takes seconds, and few who come here build a report
 
-            cells = nbformat.read(file, as_version=4).cells
+            try:
+                cells = read_notebook(file).cells
+            except UsageError as error:
+                raise damaged(file, error) from None
             lines = [line.strip() for line in cells[0].source.splitlines() if line.strip()] if cells else []
             if lines and lines[0].startswith("# "):
                 claim = lines[1] if len(lines) > 1 and not lines[1].startswith(("**", "#", "-", "|")) else ""
@@ -126,7 +145,7 @@ def _runs(root: Path, folders: list[Path]) -> str:
     rows = []
     for folder in sorted({*folders, *(file.parent for file in root.glob("[0-9][0-9]_*/failed.ipynb"))}):
         ran = folder in folders
-        origin = json.loads((folder / "provenance.json").read_text(encoding="utf-8")) if ran else {}
+        origin = _origin(folder) if ran else {}
         failed = (folder / "failed.ipynb").exists()
         state = ("last run failed, an earlier result is shown" if ran else "failed") if failed else "ran whole"
         rows.append([folder.name, state, *(origin.get(key, "") for key in ("finished", "seconds", "run_id"))])

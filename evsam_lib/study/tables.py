@@ -3,13 +3,20 @@
 One row per number: table, row, column, value, unit, n, spread, profile, status, run_id.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-__all__ = ["COLUMNS", "MINI", "digits", "origin_line", "pipes", "read_table", "result_markdown", "title", "wide"]
+from .paths import shown
+
+__all__ = [
+    *("COLUMNS", "MINI", "damaged", "digits", "origin_line", "pipes", "read_record", "read_table", "result_markdown"),
+    *("title", "wide"),
+]
 
 COLUMNS = ["table", "row", "column", "value", "unit", "n", "spread", "profile", "status", "run_id"]
 _TITLES = {
@@ -27,16 +34,61 @@ MINI = (
 
 
 def read_table(folder: Path) -> pd.DataFrame:
-    """The long rows of a result's table.csv; empty units stay empty text."""
-    table = pd.read_csv(folder / "table.csv", dtype=dict.fromkeys(("row", "column", "unit", "status"), str))
+    """The long rows of a result's table.csv; empty units stay empty text.
+
+    Raises:
+        FileNotFoundError: there is no table.
+        ValueError: the file is damaged.
+    """
+    file = folder / "table.csv"
+    texts = dict.fromkeys(("table", "row", "column", "unit", "profile", "status", "run_id"), str)
+    try:
+        numbers = dict.fromkeys(("value", "spread"), float)
+        table = pd.read_csv(file, dtype=texts | numbers, na_values=[""], keep_default_na=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pandas' parser has its own kinds
+        raise damaged(file, error) from error
+    named = table[[name for name in ("table", "row", "column", "profile", "status") if name in table]]
+    if list(table.columns) != COLUMNS or named.isna().to_numpy().any():
+        raise damaged(file, f"expected the columns {', '.join(COLUMNS)}, filled")
+    if not np.isfinite(table[["value", "spread"]].fillna(0).to_numpy()).all():
+        raise damaged(file, "expected finite numbers")
     return table.fillna({"unit": ""})
+
+
+def read_record(file: Path, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON file of a result.
+
+    Args:
+        file: metrics.json, provenance.json, ...
+        **kinds: what must be in it, and of which type.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are no text
+        raise damaged(file, error) from error
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(name, ...), kind):
+            raise damaged(file, f"expected an object with {name!r}")
+    return found
+
+
+def damaged(file: Path, reason: object) -> ValueError:
+    """The error for a result's file that is not as its notebook wrote it."""
+    told = " ".join(str(reason).split())[:200]
+    return ValueError(f"{shown(file)} is damaged ({told}): run that notebook again")
 
 
 def result_markdown(name: str, table: pd.DataFrame, origin: dict[str, Any]) -> str:
     """The tables of one result as markdown, with a line that says where they came from."""
     parts = [f"# {name}"]
     parts += [MINI] if origin["profile"] == "mini" else []
-    parts += [wide(own, rows) for own, rows in table.groupby("table", sort=False)]
+    parts += [wide(str(own), rows) for own, rows in table.groupby("table", sort=False)]
     return "\n\n".join([*parts, origin_line(origin)]) + "\n"
 
 
@@ -52,7 +104,7 @@ def wide(name: str, rows: pd.DataFrame) -> str:
     return f"{heading}\n\n{pipes(frame.reset_index(names=''))}"
 
 
-def _value(cell: dict[str, Any]) -> str:
+def _value(cell: dict) -> str:
     if pd.isna(cell["value"]):
         return "not run" if str(cell["status"]).startswith("not run") else "–"
     return digits(cell["value"]) + (f" ± {digits(cell['spread'])}" if pd.notna(cell["spread"]) else "")

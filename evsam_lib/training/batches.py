@@ -46,7 +46,7 @@ def epoch_positions(seed: int, first: int, last: int, *, count: int) -> list[tup
     if count < 1:
         raise ValueError("the training set is empty: expected at least one image")
     positions = (divmod(position, count) for position in range(first, last))
-    return [(epoch, _order(seed, epoch, count)[place].item()) for epoch, place in positions]
+    return [(epoch, int(_order(seed, epoch, count)[place])) for epoch, place in positions]
 
 
 @lru_cache(maxsize=2)  # a batch may reach over the end of an epoch; SA-1B's order takes half a second to draw
@@ -102,15 +102,16 @@ class _Indexed(Dataset):
 
     def __init__(self, batches: Batches, settings: Settings, ranks: Ranks, start: int) -> None:
         self.batches, self.settings, self.ranks, self.start = batches, settings, ranks, start
+        self.schedule = settings.schedule
         self.micro, self.passes = settings.share(ranks.world)
 
     def __len__(self) -> int:
-        return (self.settings.steps - self.start) * self.passes
+        return (self.schedule.steps - self.start) * self.passes
 
-    def __getitem__(self, item: int) -> Any:
-        step, part = divmod(item, self.passes)
+    def __getitem__(self, index: int) -> Any:
+        step, part = divmod(index, self.passes)
         cut = part * self.ranks.world + self.ranks.rank
-        first = (self.start + step) * self.settings.batch_size + cut * self.micro
+        first = (self.start + step) * self.schedule.batch_size + cut * self.micro
         seed, data = self.settings.seed, self.batches.data
         picked = epoch_positions(seed, first, first + self.micro, count=len(data))
         made = [self.batches.make(data[i], generator_for(seed, SAMPLE, epoch, i)) for epoch, i in picked]
@@ -133,7 +134,7 @@ class _Streamed:
 
     def __init__(self, batches: Batches, settings: Settings, ranks: Ranks, start: int, state: Any) -> None:
         self.micro, self.passes = settings.share(ranks.world)
-        self.left = (settings.steps - start) * self.passes
+        self.left = (settings.schedule.steps - start) * self.passes
 
         def make(record: Any, epoch: int) -> Any:
             return batches.make(record, generator_for(settings.seed, SAMPLE, epoch, record.image_id))

@@ -26,8 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from evsam_lib.models.weights import load_strictly
+
 __all__ = ["Curve", "checkpoints", "full_disk", "load", "locked", "refuse_other", "save"]
 
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 _PATTERN = "step_????????"
 
 
@@ -153,20 +156,22 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     Raises:
         ValueError: a file of it is missing or damaged.
     """
+    note = _note(path)
     try:
-        note = json.loads((path / "state.json").read_text())
         files = ("weights", "optimizer", "random", "ema")
         parts = {
             name: load_file(path / f"{name}.safetensors")
             for name in files
             if name != "ema" or (path / "ema.safetensors").is_file()
         }
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"the checkpoint {path} is damaged ({error}): remove that folder to go on from the one before"
-        ) from error
-    model.load_state_dict(parts["weights"], strict=True)
+    except Exception as error:  # safetensors and torch have many words for a damaged file
+        raise _damaged(path, error) from error
     own = dict(model.named_parameters())
+    try:
+        _check(parts, own)
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    load_strictly(model, parts["weights"], source=str(path))
     for key, value in parts["optimizer"].items():
         name, _, kind = key.rpartition("/")
         where = "cpu" if kind == "step" else own[name].device
@@ -174,18 +179,54 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return {**note, "random": parts["random"], "ema": parts.get("ema")}
 
 
+def _note(path: Path) -> dict[str, Any]:
+    """step, settings and sampler, as state.json holds them."""
+    try:
+        note = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if type(note["step"]) is not int or not isinstance(note["settings"], dict) or "sampler" not in note:
+            raise ValueError("state.json needs step, settings and sampler")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    return note
+
+
+def _check(parts: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+    """Whether all tensors have their names, shapes and kinds."""
+    moments = parts["optimizer"]
+    for key, value in moments.items():
+        name, _, kind = key.rpartition("/")
+        shape = torch.Size([]) if kind == "step" else own[name].shape if name in own else None
+        whole = all(f"{name}/{other}" in moments for other in ADAM)
+        if name not in own or kind not in ADAM or not whole or value.shape != shape or not value.is_floating_point():
+            raise ValueError(f"optimizer.safetensors holds {key}, expected AdamW's state of the model's parameters")
+    for name, value in parts["random"].items():
+        try:
+            if name.endswith(".cpu"):  # a GPU's can be tried on a GPU only
+                torch.Generator().set_state(value)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"random.safetensors holds {name}, expected the state of a generator") from error
+    for name, value in (parts.get("ema") or {}).items():
+        if name not in own or value.shape != own[name].shape:
+            raise ValueError(f"ema.safetensors holds {name}, expected the model's parameters")
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    told = " ".join(str(error).split())[:200] or type(error).__name__
+    return ValueError(f"the checkpoint {path} is damaged ({told}): remove that folder to go on from the one before")
+
+
 def refuse_other(path: Path, settings: Mapping[str, Any]) -> None:
     """Compares a checkpoint's settings with those of the run that wants to go on with it.
 
     Raises:
-        ValueError: they differ; names what differs and how.
+        ValueError: they differ; names what differs and how. Or the checkpoint is damaged.
     """
-    saved = json.loads((path / "state.json").read_text())["settings"]
+    saved = _note(path)["settings"]
     settings = json.loads(json.dumps(settings))
     other = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
     if other:
         told = ", ".join(f"{name} {saved.get(name)!r} (now {settings.get(name)!r})" for name in other)
-        raise ValueError(f"the checkpoint {path} was made with other settings: {told}")
+        raise ValueError(f"the checkpoint {path} was made with other settings: {' '.join(told.split())[:500]}")
 
 
 class Curve:
@@ -204,8 +245,7 @@ class Curve:
         source = source if source is not None and source.is_file() else path
         rows = []
         if keep and source.is_file():
-            with source.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= keep]
+            rows = _rows(source, keep)
         temporary = path.with_name(f".{path.name}.new")
         with temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -217,6 +257,15 @@ class Curve:
         """Appends a row; columns that it lacks stay empty."""
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+
+def _rows(source: Path, keep: int) -> list[dict]:
+    """The rows up to a step."""
+    try:
+        with source.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if int(row["step"]) <= keep]
+    except (ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ValueError(f"{source} is damaged, expected a table with a column of steps: remove it to go on") from error
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

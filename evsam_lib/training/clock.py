@@ -6,6 +6,7 @@ and loss, the rest to the student. Shown in notebooks 04 and 05.
 
 import resource
 import time
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class Clock:
 
     def start(self) -> None:
         """Begins a step."""
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self._marks: list[tuple[str, Any]] = [("", self._now())]  # seconds, or events on a GPU
 
     def mark(self, part: str) -> None:
         """What happened since the last mark was `part`, one of `PARTS`."""
@@ -55,7 +56,7 @@ class Clock:
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

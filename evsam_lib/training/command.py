@@ -159,7 +159,7 @@ def _train(task: _Task, ranks: Ranks, device: torch.device) -> pd.DataFrame:
     data = open_data(job.data, log=out / "skipped.txt", **options)
     model = _model(job.model, job.init, settings.seed, device)
     inputs = [{"path": str(path), "sha256": weight_files.sha256(path)} for path in files if path is not None]
-    more = {"out": out, "resume": task.resume, "progress": task.progress}
+    more: dict[str, Any] = {"out": out, "resume": task.resume, "progress": task.progress}
     more["record"] = {"data": job.data, "annotations": job.annotations, "split": job.split, "init": job.init}
     if task.phase == "distill":
         teacher = zoo.load_model(job.teacher, job.teacher_weights, device=device)
@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(command: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     kind = next(kind for kind in (int, float, str) if kind.__name__ in str(field.type))
-    options = {"type": kind, "choices": field.metadata["choices"], "help": field.metadata["help"]}
+    options: dict[str, Any] = {"type": kind, "choices": field.metadata["choices"], "help": field.metadata["help"]}
     if field.default is REQUIRED:
         options |= {"required": True}
     else:

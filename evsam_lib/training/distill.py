@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import nn
 
+from evsam_lib.models.sam import Sam
 from evsam_lib.training import loop
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.held_out import HeldOut, different
@@ -30,8 +30,8 @@ __all__ = ["adopt_decoder", "distill", "phase1_loss"]
 
 
 def distill(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Sam,
+    teacher: Sam,
     data: Any,
     settings: Distillation,
     *,
@@ -45,8 +45,8 @@ def distill(
     """Train `student.image_encoder` in place; the student is left in the mode it had, the teacher untouched.
 
     Args:
-        student: a `Sam`, on the device to train on.
-        teacher: a `Sam` in eval mode with an embedding of the same shape.
+        student: on the device to train on.
+        teacher: in eval mode, with an embedding of the same shape.
         data: a folder, tars or chunks; only images are used.
         settings: how long, how fast, how cut.
         out: folder of logs and checkpoints, see `training.checkpoint`.
@@ -78,12 +78,12 @@ def distill(
 
 
 def phase1_loss(
-    student: nn.Module, images: torch.Tensor, target: torch.Tensor, *, amp: str = "none"
+    student: Sam, images: torch.Tensor, target: torch.Tensor, *, amp: str = "none"
 ) -> dict[str, torch.Tensor]:
     """Loss of one forward pass, from tensors on the student's device.
 
     Args:
-        student: a `Sam`.
+        student: in any mode.
         images: (B, 3, S, S) float32, preprocessed for the student.
         target: (B, C, h, w) float, the teacher's embedding of the same images.
         amp: "none" or "bf16", of the forward pass.
@@ -99,7 +99,7 @@ def phase1_loss(
     return _compare(embedding, target)
 
 
-def adopt_decoder(student: nn.Module, teacher: nn.Module) -> None:
+def adopt_decoder(student: Sam, teacher: Sam) -> None:
     """Copy the teacher's prompt encoder and mask decoder into the student, the start of phase 2.
 
     Raises:
@@ -113,11 +113,11 @@ def adopt_decoder(student: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(f"the {part} of {teacher.name} does not fit {student.name}: {first}") from error
 
 
-class _Distillation(loop.Objective):
+class _Distillation(loop.Objective[Sam]):
     columns = ("loss", "l2", "cosine")
     trained = ("image_encoder.",)
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, settings: Distillation) -> None:
+    def __init__(self, student: Sam, teacher: Sam, settings: Distillation) -> None:
         super().__init__(student)
         self.settings = settings
         self._teacher = (teacher,)  # in a tuple it is no part of this module
@@ -127,11 +127,10 @@ class _Distillation(loop.Objective):
         self.model.image_encoder.train()
 
     def prepare(self, batch: "_Batch") -> "_Batch":
-        target = batch.target
-        if target is None:
-            target = teacher_embedding(self._teacher[0], batch.teacher_images, amp=self.settings.amp)
-        device = self.model.device
-        found = _Batch(batch.image_ids, batch.images.to(device), None, target.to(device))
+        target, device = batch.teacher, self.model.device
+        if self.settings.cache == "none":
+            target = teacher_embedding(self._teacher[0], target, amp=self.settings.amp)
+        found = _Batch(batch.image_ids, batch.images.to(device), target.to(device))
         self.clock.mark("teacher")
         return found
 
@@ -139,27 +138,26 @@ class _Distillation(loop.Objective):
         with loop.autocast(batch.images.device, self.settings.amp):
             embedding = self.model.encode(batch.images)
         self.clock.mark("student")
-        found = _compare(embedding, batch.target)
+        found = _compare(embedding, batch.teacher)
         self.clock.mark("loss")
         return found | {"weight": embedding.new_tensor(len(batch.images), dtype=torch.float32)}
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """image_ids (B,); images (B, 3, S, S); teacher_images (B, 3, St, St), or None if there is target (B, C, h, w)."""
+    """image_ids (B,); images (B, 3, S, S); teacher: its images (B, 3, St, St), or its embeddings (B, C, h, w)."""
 
     image_ids: torch.Tensor
     images: torch.Tensor
-    teacher_images: torch.Tensor | None
-    target: torch.Tensor | None
+    teacher: torch.Tensor
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """(record, generator) -> image id, image for the student, image for the teacher, stored embedding."""
+    """(record, generator) -> image id, image for the student, image for the teacher or its stored embedding."""
 
-    student: nn.Module
-    teacher: nn.Module
+    student: Sam
+    teacher: Sam
     stored: Cache | None
     hflip: float
 
@@ -167,14 +165,13 @@ class _Sample:
         image = record.image
         if torch.rand((), generator=generator).item() < self.hflip:
             image = np.ascontiguousarray(image[:, ::-1])
-        theirs = self.teacher.preprocess(image) if self.stored is None else None
-        target = None if self.stored is None else self.stored[record.image_id]
-        return record.image_id, self.student.preprocess(image), theirs, target
+        theirs = self.teacher.preprocess(image) if self.stored is None else self.stored[record.image_id]
+        return record.image_id, self.student.preprocess(image), theirs
 
 
 def _collate(samples: list[tuple]) -> _Batch:
-    ids, *rest = zip(*samples, strict=True)
-    return _Batch(torch.tensor(ids), *(None if parts[0] is None else torch.stack(parts) for parts in rest))
+    ids, images, theirs = zip(*samples, strict=True)
+    return _Batch(torch.tensor(ids), torch.stack(images), torch.stack(theirs))
 
 
 def _compare(embedding: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -186,7 +183,7 @@ def _compare(embedding: torch.Tensor, target: torch.Tensor) -> dict[str, torch.T
     return {"loss": l2, "l2": l2.detach(), "cosine": cosine}
 
 
-def _check_shapes(student: nn.Module, teacher: nn.Module) -> None:
+def _check_shapes(student: Sam, teacher: Sam) -> None:
     shapes = {sam.name: (sam.embed_dim, sam.grid, sam.grid) for sam in (student, teacher)}
     if (student.embed_dim, student.grid) != (teacher.embed_dim, teacher.grid):
         told = " and ".join(f"{shape} of {name}" for name, shape in shapes.items())

@@ -32,10 +32,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from evsam_lib.models.prompt_encoder import PADDING_LABEL, prompt_tokens
+from evsam_lib.models.sam import Sam
 from evsam_lib.prompts import sample_prompt
 from evsam_lib.training import loop, losses
 from evsam_lib.training.batches import STEP, Batches, generator_for
@@ -44,31 +44,40 @@ from evsam_lib.training.held_out import HeldOut
 from evsam_lib.training.samples import Sample, training_sample
 from evsam_lib.training.settings import EndToEnd
 
-__all__ = ["Batch", "batches_of", "collate", "decoded", "low_res_px", "phase2_loss", "train"]
+__all__ = ["Batch", "Prompts", "batches_of", "collate", "decoded", "low_res_px", "phase2_loss", "train"]
 
 OFFICIAL_CLIP = 2.0  # official configs/default.yaml, by value
 DECODER = ("prompt_encoder.", "mask_decoder.")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Images with padded prompts: N and P are the largest numbers of prompts and tokens in the batch.
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """Padded prompts: N and P are the largest numbers of prompts and tokens in the batch.
+
+    Attributes:
+        coords: (B, N, P, 2) float32, XY pixels of the prompt frame.
+        labels: (B, N, P) int64.
+        valid: (B, N, P) bool; False: this token does not exist.
+    """
+
+    coords: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Prompts):
+    """Images with padded prompts.
 
     Attributes:
         images: (B, 3, S, S) float32.
         targets: (B, N, T, T) float32 in [0, 1].
-        coords: (B, N, P, 2) float32, XY pixels of the prompt frame.
-        labels: (B, N, P) int64.
-        valid: (B, N, P) bool; False: this token does not exist.
         kept: (B, N) bool; False: this prompt does not exist and is left out of the loss.
         image_ids: (B,) int64, for messages.
     """
 
     images: torch.Tensor
     targets: torch.Tensor
-    coords: torch.Tensor
-    labels: torch.Tensor
-    valid: torch.Tensor
     kept: torch.Tensor
     image_ids: torch.Tensor
 
@@ -78,7 +87,7 @@ class Batch:
 
 
 def train(
-    model: nn.Module,
+    model: Sam,
     data: Any,
     settings: EndToEnd,
     *,
@@ -91,7 +100,7 @@ def train(
     """Train encoder, prompt encoder and mask decoder together, in place; the model is left in the mode it had.
 
     Args:
-        model: a `Sam`, on the device to train on; normally distilled and given the teacher's decoder.
+        model: on the device to train on; normally distilled and given the teacher's decoder.
         data: a folder, tars, chunks or images in COCO's form, see `training.sources`.
         settings: how long, how fast, how cut, and the recipe.
         out: folder of logs and checkpoints, see `training.checkpoint`.
@@ -118,15 +127,15 @@ def train(
     )  # fmt: skip
 
 
-def batches_of(model: nn.Module, data: Any, settings: EndToEnd) -> Batches:
+def batches_of(model: Sam, data: Any, settings: EndToEnd) -> Batches:
     """The samples of a training with complete settings: prompts drawn, targets made."""
     return Batches(data, partial(_sample, data, model, settings), partial(_collate, settings, model.frame_size))
 
 
-class _EndToEnd(loop.Objective):
+class _EndToEnd(loop.Objective[Sam]):
     columns = ("loss", "pixel", "dice", "iou", "iou_error")
 
-    def __init__(self, model: nn.Module, settings: EndToEnd) -> None:
+    def __init__(self, model: Sam, settings: EndToEnd) -> None:
         super().__init__(model)
         self.settings = settings
         self.trained = {"all": (), "encoder": ("image_encoder.",), "decoder": DECODER}[settings.train]
@@ -154,7 +163,7 @@ class _EndToEnd(loop.Objective):
 
 
 def phase2_loss(
-    model: nn.Module,
+    model: Sam,
     batch: Batch,
     *,
     recipe: str,
@@ -168,7 +177,7 @@ def phase2_loss(
     """Loss of one forward pass, from tensors on the model's device.
 
     Args:
-        model: a `Sam`.
+        model: in any mode.
         batch: from `collate`.
         recipe: "paper" or "official".
         multimask: three masks per prompt, or the single one.
@@ -207,14 +216,14 @@ def phase2_loss(
 
 
 def decoded(
-    model: nn.Module, embedding: torch.Tensor, batch: Batch, multimask: bool, chunk: int
+    model: Sam, embedding: torch.Tensor, batch: Prompts, multimask: bool, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks of a batch's prompts, all at once or chunk by chunk.
 
     Args:
-        model: a `Sam`.
+        model: in any mode.
         embedding: (B, C, h, w) float.
-        batch: its coords, labels and valid are used.
+        batch: its prompts.
         multimask: three masks per prompt, or the single one.
         chunk: see `phase2_loss`.
 
@@ -231,7 +240,8 @@ def decoded(
         return decode(embedding, slice(count))
     parts = [slice(first, first + chunk) for first in range(0, count, chunk)]
     found = [checkpoint(decode, embedding, part, use_reentrant=False) for part in parts]
-    return tuple(torch.cat(part, dim=1) for part in zip(*found, strict=True))
+    logits, iou = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+    return logits, iou
 
 
 def collate(
@@ -287,13 +297,13 @@ def collate(
     return batch
 
 
-def low_res_px(model: nn.Module) -> int:
+def low_res_px(model: Sam) -> int:
     """Side of the decoder's masks: four pixels per embedding cell."""
     return 4 * model.grid
 
 
 def _sample(
-    data: Any, model: nn.Module, settings: EndToEnd, record: Any, generator: torch.Generator
+    data: Any, model: Sam, settings: EndToEnd, record: Any, generator: torch.Generator
 ) -> tuple[Sample, torch.Generator]:
     """A training sample, and the generator that will draw its prompts."""
     s = settings

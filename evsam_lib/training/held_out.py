@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from evsam_lib.models.prompt_encoder import prompt_tokens
+from evsam_lib.models.sam import Sam
 from evsam_lib.prompts import next_clicks
 from evsam_lib.training import losses
 from evsam_lib.training.samples import boxes_to_frame, soft_masks
@@ -34,14 +34,14 @@ class HeldOut:
     are also `held_out_l2`, `held_out_cosine` and `held_out_cka`.
     """
 
-    def __init__(self, model: nn.Module, data: Any, *, images: int, teacher: nn.Module | None = None) -> None:
+    def __init__(self, model: Sam, data: Any, *, images: int, teacher: Sam | None = None) -> None:
         """Prepares the images, the first ones of `data`.
 
         Args:
             model: of the kind that will be measured.
             data: `data[i]` with `image` and `boxes_xywh`, and `runs` or `masks`.
             images: how many, at most.
-            teacher: a `Sam` in eval mode, whose embeddings are computed once.
+            teacher: in eval mode, whose embeddings are computed once.
 
         Raises:
             ValueError: no images.
@@ -56,7 +56,7 @@ class HeldOut:
         more = METRICS if self.items[0].target is not None else ()
         return ["held_out_iou", "held_out_click_iou", *(f"held_out_{name}" for name in more)]
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: Sam) -> dict[str, float]:
         """Measures a model in eval mode."""
         boxes, clicks, likeness = [], [], Likeness()
         with torch.no_grad():
@@ -65,8 +65,10 @@ class HeldOut:
                 if item.target is not None:
                     likeness.add(embedding, item.target[None].to(model.device))
                 if len(item.boxes):
-                    boxes.append(_ious(model, embedding, item.masks, boxes=item.boxes))
-                    clicks.append(_ious(model, embedding, item.masks, clicks=item.clicks))
+                    boxes.append(_ious(model, embedding, item.masks, prompt_tokens(boxes=item.boxes[None].float())))
+                    points = item.clicks[None, :, None].float()  # (1, N, 1, 2)
+                    clicked = prompt_tokens(points, torch.ones(points.shape[:3], dtype=torch.int64))
+                    clicks.append(_ious(model, embedding, item.masks, clicked))
         found = {"held_out_iou": _mean(boxes), "held_out_click_iou": _mean(clicks)}
         return found | {f"held_out_{name}": value for name, value in likeness.result().items()}
 
@@ -110,12 +112,12 @@ class Likeness:
         return {"l2": l2, "cosine": cosine, "cka": alike.item()}
 
 
-def embedding_metrics(student: nn.Module, teacher: nn.Module, images: Iterable[np.ndarray]) -> dict[str, float]:
+def embedding_metrics(student: Sam, teacher: Sam, images: Iterable[np.ndarray]) -> dict[str, float]:
     """How near the student's embeddings are to the teacher's, on images it need not have seen.
 
     Args:
-        student: a `Sam` in eval mode.
-        teacher: a `Sam` in eval mode.
+        student: in eval mode.
+        teacher: in eval mode.
         images: uint8 (H, W, 3) RGB each.
 
     Returns:
@@ -151,7 +153,7 @@ class _Item:
     target: torch.Tensor | None
 
 
-def _item(model: nn.Module, data: Any, record: Any, teacher: nn.Module | None) -> _Item:
+def _item(model: Sam, data: Any, record: Any, teacher: Sam | None) -> _Item:
     boxes = torch.as_tensor(np.asarray(record.boxes_xywh, dtype=np.float32).reshape(-1, 4))
     chosen = (boxes[:, 2] * boxes[:, 3]).argsort(descending=True, stable=True)[:PROMPTS]
     height, width = record.image.shape[:2]
@@ -172,20 +174,11 @@ def _item(model: nn.Module, data: Any, record: Any, teacher: nn.Module | None) -
 
 
 def _ious(
-    model: nn.Module,
-    embedding: torch.Tensor,
-    masks: torch.Tensor,
-    *,
-    boxes: torch.Tensor | None = None,
-    clicks: torch.Tensor | None = None,
+    model: Sam, embedding: torch.Tensor, masks: torch.Tensor, tokens: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
-    """IoU (N,) of the masks chosen for N boxes (N, 4), or for N clicks (N, 2), on one embedding (1, C, h, w)."""
+    """IoU (N,) of the masks chosen for the tokens of N prompts, (1, N, T, 2) and (1, N, T), on one embedding."""
     where = model.device
-    if boxes is not None:
-        coords, labels = prompt_tokens(boxes=boxes[None].float().to(where))
-    else:
-        points = clicks[None, :, None].float().to(where)  # (1, N, 1, 2)
-        coords, labels = prompt_tokens(points, torch.ones(points.shape[:3], dtype=torch.int64, device=where))
+    coords, labels = (part.to(where) for part in tokens)
     low_res, predicted = model.decode(embedding, coords, labels)
     best = model.quality(low_res, predicted)[0].argmax(-1)  # (N,)
     chosen = low_res[0].take_along_dim(best[:, None, None, None], 1)

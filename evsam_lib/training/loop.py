@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 import torch
@@ -31,9 +31,10 @@ __all__ = ["Objective", "autocast", "cosine", "fit", "parameter_groups", "read_l
 BETAS, EPS = (0.9, 0.999), 1e-8  # official configs/default.yaml
 NO_DECAY = ("norm", "bias")  # parts of a name; the same file
 LISTED = 16  # image ids that an error names
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, Generic[Model]):
     """A model and what it is trained for. A phase overrides `prepare` and `forward`.
 
     Attributes:
@@ -52,7 +53,7 @@ class Objective(nn.Module):
     clip_norm: float | None = None
     last_part: str = "student"
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         self.clock = Clock(next(model.parameters()).device)
@@ -91,7 +92,7 @@ class _Run:
     objective: Objective
     settings: Settings
     ranks: Ranks
-    wrapped: nn.Module = field(init=False)
+    wrapped: Objective | DistributedDataParallel = field(init=False)
     named: list[tuple[str, nn.Parameter]] = field(init=False)
     optimizer: torch.optim.Optimizer = field(init=False)
     ema: dict[str, torch.Tensor] | None = None
@@ -100,7 +101,7 @@ class _Run:
         wanted = self.objective.trained or ("",)
         self.named = [(n, p) for n, p in self.objective.model.named_parameters() if n.startswith(wanted)]
         groups = parameter_groups(self.named, weight_decay=self.settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=BETAS, eps=EPS)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.schedule.lr, betas=BETAS, eps=EPS)
 
     def wrap(self) -> None:
         """Shares gradients between processes; parameters that do not learn are left alone for that time."""
@@ -112,14 +113,14 @@ class _Run:
 
 
 def fit(
-    objective: Objective,
+    objective: Objective[Model],
     batches: Batches,
     settings: Settings,
     *,
     out: str | Path,
     record: dict[str, Any],
     resume: bool = False,
-    measure: Callable[[nn.Module], dict[str, float]] | None = None,
+    measure: Callable[[Model], dict[str, float]] | None = None,
     measured: Iterable[str] = (),
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> pd.DataFrame:
@@ -146,6 +147,7 @@ def fit(
     """
     out, ranks = Path(out), Ranks.of_torchrun()
     settings.share(ranks.world)
+    steps, batch_size = settings.schedule.steps, settings.schedule.batch_size
     run = _Run(objective, settings, ranks)
     kept = {**record, **settings.fixed(), "streamed": batches.streamed}
     lock = checkpoint.locked(out)
@@ -161,8 +163,9 @@ def fit(
         objective.train_mode()
         with batchnorm_mode(objective.model, settings.batchnorm):
             source = batches.open(settings, ranks, start=start, sampler=sampler)
-            for step in _steps(range(start, settings.steps), progress if ranks.first else None):
-                if step == start:
+            stream: Iterator[Any] | None = None
+            for step in _steps(range(start, steps), progress if ranks.first else None):
+                if stream is None:
                     stream = iter(source)
                     objective.clock.start()
                 row = _step(run, stream, source.passes, step)
@@ -170,7 +173,7 @@ def fit(
                 if measure is not None and _due(step, settings, settings.held_out_every):
                     row |= _measure(objective.model, measure) if ranks.first else {}
                 if ranks.first:
-                    _write(out, columns, row, times, objective.clock, settings.batch_size)
+                    _write(out, columns, row, times, objective.clock, batch_size)
                 if _due(step, settings, settings.checkpoint_every):
                     _save(run, out, step + 1, kept, source.state())
                 objective.clock.start()
@@ -232,7 +235,7 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
 
 
 def _due(step: int, settings: Settings, every: int) -> bool:
-    return step + 1 == settings.steps or (every > 0 and (step + 1) % every == 0)
+    return step + 1 == settings.schedule.steps or (every > 0 and (step + 1) % every == 0)
 
 
 def _steps(steps: Iterable[int], progress: Callable[[Iterable], Iterable] | None) -> Iterable[int]:
@@ -242,18 +245,20 @@ def _steps(steps: Iterable[int], progress: Callable[[Iterable], Iterable] | None
 def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str, float]:
     """One optimizer step; returns its row of the log."""
     objective, settings, ranks = run.objective, run.settings, run.ranks
-    clock, ids, sums = objective.clock, [], 0
+    clock, ids, schedule = objective.clock, [], settings.schedule
+    sums = torch.zeros(1 + len(objective.columns), dtype=torch.float64, device=clock.device)
     for group in run.optimizer.param_groups:
-        group["lr"] = settings.lr * objective.rate(step, settings.steps)
+        group["lr"] = schedule.lr * objective.rate(step, schedule.steps)
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(passes):
         batch = next(stream)
         ids += objective.image_ids(batch)
         clock.mark("data")
         batch = objective.prepare(batch)
-        alone = part + 1 < passes and ranks.world > 1  # gradients are shared once a step
-        with run.wrapped.no_sync() if alone else nullcontext():
-            found = run.wrapped(batch, step, part * ranks.world + ranks.rank)
+        shared = run.wrapped
+        alone = isinstance(shared, DistributedDataParallel) and part + 1 < passes  # gradients are shared once a step
+        with shared.no_sync() if alone else nullcontext():
+            found = shared(batch, step, part * ranks.world + ranks.rank)
             weight = found["weight"].double()
             (found["loss"] * found["weight"]).backward()
         clock.mark(objective.last_part)
@@ -336,7 +341,7 @@ def _write(out: Path, columns: Any, row: dict, times: dict[str, float], clock: C
         timing.add({"step": row["step"], **spent, "memory_gb": round(clock.memory_gb(), 3)})
 
 
-def _measure(model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+def _measure(model: Model, measure: Callable[[Model], dict[str, float]]) -> dict[str, float]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -13,6 +13,7 @@ In both, the zero padding of a non-square image counts as background, and all K 
 target.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -240,7 +241,7 @@ def _official_parts(
     return point_sampled_loss(_resized(logits, targets.shape[-2:]), targets, generator=generator)
 
 
-def _resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)

@@ -188,8 +188,9 @@ def masks_step(model: Sam, data: Sample, done: float) -> tuple[Tensor, Tensor]:
         points = click if points is None else torch.cat([points, click], 2)
         labels = label if labels is None else torch.cat([labels, label], 2)
         coords, codes = prompt_tokens(points, labels, boxes)
-        options = {"mask_input": mask if torch.rand(()) < 0.5 else None, "multimask_output": torch.rand(()) < 0.5}
-        low_res, iou = model.decode(embedding, coords, codes, **options)
+        fed_back = mask if torch.rand(()) < 0.5 else None
+        three = bool(torch.rand(()) < 0.5)
+        low_res, iou = model.decode(embedding, coords, codes, mask_input=fed_back, multimask_output=three)
         second, _, _ = _loss(low_res, iou, data.targets, valid, done)
         loss = loss + second
     return loss, metric
@@ -340,6 +341,11 @@ def _statistics(model: nn.Module) -> dict[str, Tensor]:
 def _shared(shape: tuple[int, ...], kind: type) -> np.ndarray:
     memory = mmap.mmap(-1, int(np.prod(shape)) * np.dtype(kind).itemsize)  # anonymous: shared with forked processes
     return np.frombuffer(memory, dtype=kind).reshape(shape)
+
+
+# Of a process that makes scenes: the memory it shares with the others, and the first scene's number.
+_ARRAYS: list[np.ndarray]
+_START: int
 
 
 def _adopt(arrays: list[np.ndarray], start: int) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evsam_lib.models import zoo
+from evsam_lib.models.sam import Sam
 from evsam_lib.training import distill, end_to_end, losses
 from evsam_lib.training.loop import autocast, read_log
 from evsam_lib.training.ranks import Ranks
@@ -98,9 +99,10 @@ def make_plan(
     settings = kind(steps=steps, epochs=epochs, batch_size=batch_size, micro_batch=micro_batch)
     settings = settings.complete(model=model, images=images)
     settings.share(gpus)
-    hours = settings.steps * batch_size / (images_per_s * gpus) / 3600
+    steps = settings.schedule.steps
+    hours = steps * batch_size / (images_per_s * gpus) / 3600
     memory = _memory_gb(phase, model, gpus, micro_batch, amp, decoder_chunk, teacher)
-    return Plan(phase, settings.steps, images_per_s, hours, hours * gpus, memory)
+    return Plan(phase, steps, images_per_s, hours, hours * gpus, memory)
 
 
 def rate_of_run(out: str | Path, processes: int = 1) -> float:
@@ -198,12 +200,14 @@ def _memory_gb(
     return (fixed + kept) / 1e9
 
 
-def _phase2(sam: nn.Module, pixels: torch.Tensor, amp: str, decoder_chunk: int) -> torch.Tensor:
+def _phase2(sam: Sam, pixels: torch.Tensor, amp: str, decoder_chunk: int) -> torch.Tensor:
     """What `phase2_loss` computes where all prompts exist; tensors without content cannot be chosen by it."""
     images, side = len(pixels), end_to_end.low_res_px(sam)
     shape = (images, MASKS, 11)  # ten points and SAM's padding point
-    prompts = SimpleNamespace(
-        coords=torch.zeros(*shape, 2), labels=torch.ones(shape, dtype=torch.int64), valid=torch.ones(shape, dtype=bool)
+    prompts = end_to_end.Prompts(
+        coords=torch.zeros(*shape, 2),
+        labels=torch.ones(shape, dtype=torch.int64),
+        valid=torch.ones(shape, dtype=torch.bool),
     )
     with autocast(pixels.device, amp):
         logits, _ = end_to_end.decoded(sam, sam.encode(pixels), prompts, True, decoder_chunk)
@@ -213,7 +217,7 @@ def _phase2(sam: nn.Module, pixels: torch.Tensor, amp: str, decoder_chunk: int) 
 class _Generated:
     """Eight pictures of noise with rectangles, at the model's own size."""
 
-    def __init__(self, sam: nn.Module, masks: int) -> None:
+    def __init__(self, sam: Sam, masks: int) -> None:
         rng = np.random.default_rng(0)
         side = sam.image_size
         self.image = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)

@@ -118,23 +118,28 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     torch's own works on GPUs only; this one is the same function and also runs between CPUs, where it can be tested.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) -> the same; every process must have equally many values a channel."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        count = dist.get_world_size() * x.numel() // x.shape[1]
-        values = x.float()
+            return super().forward(input)
+        count = dist.get_world_size() * input.numel() // input.shape[1]
+        values = input.float()
         sums = torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         mean, square = dist.nn.functional.all_reduce(sums) / count
         variance = square - mean.square()
-        with torch.no_grad():
-            unbiased = variance * (count / max(count - 1, 1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
+        self._remember(mean.detach(), variance.detach() * (count / max(count - 1, 1)))
         scale = self.weight * (variance + self.eps).rsqrt()
         out = values * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
-        return out.to(x.dtype)
+        return out.to(input.dtype)
+
+    @torch.no_grad()
+    def _remember(self, mean: torch.Tensor, unbiased: torch.Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return  # a norm that keeps no statistics
+        self.num_batches_tracked += 1
+        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum  # None: a plain mean
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from evsam_lib.data import transforms
+from evsam_lib.models.sam import Sam
 
 if TYPE_CHECKING:  # the step functions must import without pycocotools, which the reader of folders needs
     from evsam_lib.data.sa1b import Sa1bFolder, Sa1bRecord
@@ -58,7 +59,7 @@ def training_sample(
     data: "Sa1bFolder",
     record: "Sa1bRecord",
     *,
-    model: torch.nn.Module,
+    model: Sam,
     target_px: int,
     masks_per_image: int = 64,
     exact: bool = False,
@@ -183,7 +184,8 @@ def resize_and_pad(maps: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         (M, size, size) float32.
     """
-    height, width = (max(side, 1) for side in transforms.resized_hw(*maps.shape[-2:], size))
+    height, width = maps.shape[-2:]
+    height, width = (max(side, 1) for side in transforms.resized_hw(height, width, size))
     small = F.interpolate(maps[None].float(), (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
     return F.pad(small, (0, size - width, 0, size - height))
 

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 __all__ = ["AMP", "BATCHNORM", "Distillation", "EndToEnd", "Settings", "checked", "option", "unknown"]
 
@@ -35,6 +35,15 @@ def option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> A
         choices: what it may be, None for anything of its type.
     """
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What `Settings.complete` has filled in: steps, images per step, and the first step's learning rate."""
+
+    steps: int
+    batch_size: int
+    lr: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,12 +91,32 @@ class Settings:
                 f"{self.micro_batch}, {self.workers} and {self.epochs}"
             )
 
-    def complete(self, *, model: str, images: int) -> "Settings":
+    @property
+    def schedule(self) -> Schedule:
+        """Steps, batch and learning rate.
+
+        Raises:
+            ValueError: one of them is still None.
+        """
+        if self.steps is None or self.batch_size is None or self.lr is None:
+            raise ValueError(
+                f"steps, batch_size and lr are {self.steps}, {self.batch_size} and {self.lr}: expected no None, as in "
+                "what complete() returns"
+            )
+        return Schedule(self.steps, self.batch_size, self.lr)
+
+    def complete(self, *, model: str, images: int) -> Self:
         """The same with every `None` filled in, for a model of that name and so many images."""
-        batch = self.batch_size or PAPER_BATCH
-        lr = 1e-3 if self.lr is None else self.lr  # phase 1: ours, nobody printed one
+        batch = self.batch_size or self._usual_batch()
+        lr = self._usual_lr(model, batch) if self.lr is None else self.lr
         steps = self.steps or max(1, round(self.epochs * images / batch))
         return dataclasses.replace(self, batch_size=batch, lr=lr, steps=steps)
+
+    def _usual_batch(self) -> int:
+        return PAPER_BATCH
+
+    def _usual_lr(self, model: str, batch: int) -> float:
+        return 1e-3  # phase 1: ours, nobody printed one
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one that it goes on with."""
@@ -97,8 +126,10 @@ class Settings:
         """Images per forward pass, and forward passes per step and process.
 
         Raises:
-            ValueError: the batch cannot be cut like that.
+            ValueError: the batch cannot be cut like that, or is still None.
         """
+        if self.batch_size is None:
+            raise ValueError("batch_size is None: expected a number, as in what complete() returns")
         micro = self.micro_batch or max(self.batch_size // world, 1)
         passes, rest = divmod(self.batch_size, micro * world)
         if rest or not passes:
@@ -127,7 +158,12 @@ class Distillation(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class EndToEnd(Settings):
-    """Phase 2; `recipe` sets what the paper's text and the official trainer disagree on."""
+    """Phase 2; `recipe` sets what the paper's text and the official trainer disagree on.
+
+    Batch and learning rate, where none is given, are the recipe's. Paper: 256 and 2e-6 (L) or 1e-6 (XL). Official: 128,
+    and a rate that grows with the number of GPUs at four images each, so with the batch. A model that is neither L nor
+    XL counts as L.
+    """
 
     recipe: str = option("paper", "the paper's text or the official trainer, where they disagree", RECIPES)
     train: str = option("all", "what learns: everything, or the image encoder or the rest alone", PARTS)
@@ -148,18 +184,12 @@ class EndToEnd(Settings):
                 f"{self.masks_per_image}, {self.max_points}, {self.target_px} and {self.decoder_chunk}"
             )
 
-    def complete(self, *, model: str, images: int) -> "EndToEnd":
-        """The recipe's batch and learning rate, where none is given.
+    def _usual_batch(self) -> int:
+        return OFFICIAL_BATCH if self.recipe == "official" else PAPER_BATCH
 
-        Paper: 256 and 2e-6 (L) or 1e-6 (XL). Official: 128, and a rate that grows with the number of GPUs at four
-        images each, so with the batch. A model that is neither L nor XL counts as L.
-        """
-        official = self.recipe == "official"
-        batch = self.batch_size or (OFFICIAL_BATCH if official else PAPER_BATCH)
-        lr = self.lr
-        if lr is None:
-            lr = RATES[self.recipe]["xl" if "-xl" in model else "l"] * (batch / OFFICIAL_SHARE if official else 1)
-        return super(EndToEnd, dataclasses.replace(self, batch_size=batch, lr=lr)).complete(model=model, images=images)
+    def _usual_lr(self, model: str, batch: int) -> float:
+        rate = RATES[self.recipe]["xl" if "-xl" in model else "l"]
+        return rate * (batch / OFFICIAL_SHARE) if self.recipe == "official" else rate
 
 
 def checked(kind: type, parameters: Mapping[str, Any]) -> Any:

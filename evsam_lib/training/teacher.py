@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from evsam_lib.models.sam import Sam
 from evsam_lib.training.loop import autocast
 from evsam_lib.training.ranks import Ranks
 
@@ -58,19 +59,19 @@ class Cache:
 
 
 @torch.no_grad()
-def teacher_embedding(teacher: nn.Module, images: torch.Tensor, *, amp: str = "none") -> torch.Tensor:
+def teacher_embedding(teacher: Sam, images: torch.Tensor, *, amp: str = "none") -> torch.Tensor:
     """The teacher's embedding (B, C, h, w) float32 of images (B, 3, St, St) preprocessed for the teacher."""
     with autocast(teacher.device, amp):
         return teacher.encode(images.to(teacher.device)).float()
 
 
 def cache_embeddings(
-    teacher: nn.Module, data: Any, folder: str | Path, *, kind: str = "fp16", batch_size: int = 8, amp: str = "none"
+    teacher: Sam, data: Any, folder: str | Path, *, kind: str = "fp16", batch_size: int = 8, amp: str = "none"
 ) -> Cache:
     """The teacher's embeddings of all images, computed once; processes that train together share the work.
 
     Args:
-        teacher: a `Sam` in eval mode.
+        teacher: in eval mode.
         data: `len(data)` and `data[i]` with `image` and `image_id`.
         folder: of the cache; cache.json in it says which teacher and images it belongs to.
         kind: "fp16" or "int8".
@@ -90,7 +91,7 @@ def cache_embeddings(
     if ranks.by_first(lambda: _usable(folder, made_of)):
         return Cache(folder)
     shape = (teacher.embed_dim, teacher.grid, teacher.grid)
-    files = {
+    files: dict[str, tuple[tuple[int, ...], type]] = {
         "values": ((len(data), *shape), _TYPES[kind]),
         "scales": ((len(data), shape[0]), np.float32),
         "ids": ((len(data),), np.int64),

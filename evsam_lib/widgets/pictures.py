@@ -70,18 +70,17 @@ def to_rgb(image: np.ndarray | Image.Image | str | Path | bytes) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
-def _opened(source: str | Path | bytes) -> Image.Image:
+def _opened(source: str | Path | bytes) -> np.ndarray:
     name = f"The picture {source}" if isinstance(source, str | Path) else "The file"
     if isinstance(source, str | Path) and not Path(source).is_file():
         raise FileNotFoundError(f"{name} does not exist.")
     try:
-        picture = Image.open(source if isinstance(source, str | Path) else io.BytesIO(source))
-        picture.load()
+        with Image.open(source if isinstance(source, str | Path) else io.BytesIO(source)) as picture:
+            return _pil_array(picture)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} has too many pixels; make it smaller first.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's many readers have as many ways to stumble
         raise ValueError(f"{name} cannot be read: it is no picture, damaged, or of a kind unknown here.") from error
-    return picture
 
 
 def _pil_array(picture: Image.Image) -> np.ndarray:

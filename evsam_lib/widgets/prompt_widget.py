@@ -8,6 +8,7 @@ listens, the widget shows itself as a plain picture. Explained in notebook 14.
 import base64
 import io
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ class PromptWidget(anywidget.AnyWidget):
         self._publish("Click on an object. Press ? for all keys." if image is not None else "Choose a picture.")
         self.on_msg(lambda _, content, buffers: self.receive(content, buffers))
 
-    def receive(self, message: dict[str, Any], buffers: list[bytes] = ()) -> None:
+    def receive(self, message: dict[str, Any], buffers: Sequence[bytes] = ()) -> None:
         """One message of the browser. Errors become the status line; the state is then what it was.
 
         Args:
@@ -127,7 +128,7 @@ class PromptWidget(anywidget.AnyWidget):
             self.status = {"text": text, "error": True}
         self.reply = str(message.get("id", ""))
 
-    def _do(self, message: dict[str, Any], buffers: list[bytes]) -> str | None:
+    def _do(self, message: dict[str, Any], buffers: Sequence[bytes]) -> str | None:
         """Carries a message out; returns the status, or None where nothing changed that is drawn."""
         act = self.segmenter
         match message:
@@ -175,11 +176,11 @@ class PromptWidget(anywidget.AnyWidget):
         self._pngs.clear()
         with self.hold_sync():
             self.masks, self.scene = {}, self._scene()  # the old objects go before the new picture comes
-            self.picture = jpeg(self.segmenter.image, self.segmenter.view_hw)
+            self.picture = jpeg(self.segmenter.picture, self.segmenter.view_hw)
         height, width = self.segmenter.size_hw
         return f"{self.segmenter.name}, {width} x {height} pixels: click on an object."
 
-    def _upload(self, name: str, part: int, parts: int, buffers: list[bytes]) -> str | None:
+    def _upload(self, name: str, part: int, parts: int, buffers: Sequence[bytes]) -> str | None:
         """Files come in parts, since the server of notebooks takes no message over 10 MB."""
         if part == 0:
             self._files = {name: []}
@@ -311,13 +312,17 @@ def _window(mask: np.ndarray) -> tuple[int, int, int, int]:
     share = max(np.ptp(rows) / height, np.ptp(columns) / width) * 1.3
     side = [max(round(min(max(share, 0.2), 1.0) * n), 1) for n in (width, height)]
     middle = [(columns[0] + columns[-1]) / 2, (rows[0] + rows[-1]) / 2]
-    start = [int(min(max(m - s / 2, 0), n - s)) for m, s, n in zip(middle, side, (width, height), strict=True)]
-    return (*start, start[0] + side[0], start[1] + side[1])
+    x, y = (int(min(max(m - s / 2, 0), n - s)) for m, s, n in zip(middle, side, (width, height), strict=True))
+    return x, y, x + side[0], y + side[1]
 
 
 def _drawn(item: Item, view_hw: tuple[int, int], size_hw: tuple[int, int]) -> dict[str, Any]:
     """An object for the browser; `tag` is where its number stands, the middle of its mask's topmost row."""
-    drawn = {"number": item.number, "color": item.color, "points": [list(point) for point in item.points]}
+    drawn: dict[str, Any] = {
+        "number": item.number,
+        "color": item.color,
+        "points": [list(point) for point in item.points],
+    }
     drawn |= {"box": item.box and list(item.box), "chosen": item.choice, "area": 0, "iou": None, "tag": None}
     if item.answer is not None:
         mask = item.mask(view_hw)

@@ -20,7 +20,7 @@ from pycocotools import mask as coco_mask
 
 from evsam_lib.data.rle import encode_masks
 from evsam_lib.figures import show_boxes, show_image, show_masks, show_points
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Promptable
 from evsam_lib.predict import Predictor
 from evsam_lib.widgets.pictures import to_rgb
 from evsam_lib.widgets.state import Answer, Item, State
@@ -47,7 +47,7 @@ class Segmenter:
         decode_ms: milliseconds of each answer since then, the latest last.
     """
 
-    def __init__(self, model: Sam):
+    def __init__(self, model: Promptable):
         self.predictor = Predictor(model)
         self.image: np.ndarray | None = None
         self.name = ""
@@ -55,7 +55,7 @@ class Segmenter:
         self._start(State(), math.nan)
 
     @property
-    def model(self) -> Sam:
+    def model(self) -> Promptable:
         return self.predictor.model
 
     @property
@@ -77,15 +77,24 @@ class Segmenter:
         return bool(self._future)
 
     @property
-    def size_hw(self) -> tuple[int, int]:
-        """(H, W) of the picture.
+    def picture(self) -> np.ndarray:
+        """`image`, where there must be one.
 
         Raises:
             ValueError: there is none.
         """
         if self.image is None:
             raise ValueError("There is no picture yet: choose or upload one, or call set_image(image).")
-        return self.image.shape[:2]
+        return self.image
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """(H, W) of the picture.
+
+        Raises:
+            ValueError: there is none.
+        """
+        return self.picture.shape[:2]
 
     @property
     def view_hw(self) -> tuple[int, int]:
@@ -110,7 +119,7 @@ class Segmenter:
         self.name = name or (Path(image).name if isinstance(image, str | Path) else "picture")
         self._start(State(), ms)
 
-    def set_model(self, model: Sam) -> None:
+    def set_model(self, model: Promptable) -> None:
         """Takes another model, encodes the picture with it and asks it all that was asked; steps before are forgotten.
 
         Masks that were fed back belong to the old model and are left out; choices among three masks too.
@@ -122,7 +131,8 @@ class Segmenter:
             self.predictor = Predictor(model)
             return
         predictor, ms = _encoded(model, self.image)
-        items = tuple(replace(item, choice=None, answer=self._ask(item, predictor)) for item in self.items)
+        answers = [self._ask(item, predictor) if item.points or item.box else None for item in self.items]
+        items = tuple(replace(i, choice=None, answer=answer) for i, answer in zip(self.items, answers, strict=True))
         self.predictor = predictor
         self._start(replace(self._state, items=items), ms)
         self.decode_ms.extend(item.answer.ms for item in items if item.answer)
@@ -151,7 +161,7 @@ class Segmenter:
         if not all(map(math.isfinite, (x0, y0, x1, y1))):
             raise ValueError(f"A box needs four numbers, got {x0}, {y0}, {x1}, {y1}.")
         (x0, x1), (y0, y1) = sorted((x0, x1)), sorted((y0, y1))
-        box = tuple(float(v) for v in (max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)))
+        box = float(max(x0, 0)), float(max(y0, 0)), float(min(x1, width)), float(min(y1, height))
         if box[0] >= box[2] or box[1] >= box[3]:
             raise ValueError(f"The box has no area inside the picture ({width} x {height} pixels): drag a larger one.")
         return self._answer(replace(self.current, box=box))
@@ -272,7 +282,7 @@ class Segmenter:
         if suffix == ".png":
             Image.fromarray(self.labels()).save(file, "PNG")
         else:
-            np.savez_compressed(file, **self.arrays())
+            np.savez_compressed(file, **self.arrays())  # pyrefly: ignore[bad-argument-type]: no array is allow_pickle
         return file.getvalue()
 
     def save(self, path: str | Path) -> Path:
@@ -290,7 +300,7 @@ class Segmenter:
             title: stands above.
         """
         height, width = self.view_hw
-        picture = self.image
+        picture = self.picture
         if picture.shape[:2] != self.view_hw:
             picture = np.asarray(Image.fromarray(picture).resize((width, height)))
         ax = show_image(picture, ax, title=title)
@@ -326,10 +336,8 @@ class Segmenter:
         self.decode_ms.append(answer.ms)
         return self.current
 
-    def _ask(self, item: Item, predictor: Predictor, before: Item | None = None) -> Answer | None:
-        """The model's answer to an object's prompts, with the mask of `before` fed back; None if it has no prompts."""
-        if not item.points and item.box is None:
-            return None
+    def _ask(self, item: Item, predictor: Predictor, before: Item | None = None) -> Answer:
+        """The model's answer to an object's prompts, with the mask of `before` fed back."""
         start = time.perf_counter()
         points = np.array(item.points, np.float32).reshape(-1, 3)
         coords, labels = (points[:, :2], points[:, 2].astype(int)) if item.points else (None, None)
@@ -356,7 +364,7 @@ class Segmenter:
         )
 
 
-def _encoded(model: Sam, image: np.ndarray) -> tuple[Predictor, float]:
+def _encoded(model: Promptable, image: np.ndarray) -> tuple[Predictor, float]:
     """A predictor with the image set, and the milliseconds that took."""
     start = time.perf_counter()
     predictor = Predictor(model)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from evsam_lib.figures import PALETTE
-from evsam_lib.models.sam import Sam
+from evsam_lib.models.sam import Promptable
 
 __all__ = ["Answer", "Item", "State"]
 
@@ -27,7 +27,7 @@ class Answer:
         ms: milliseconds from the prompt to the best mask at the size shown.
     """
 
-    model: Sam
+    model: Promptable
     low_res: torch.Tensor
     iou: np.ndarray
     best: int
@@ -69,16 +69,26 @@ class Item:
     @property
     def shown(self) -> int:
         """Index of the mask that counts."""
-        return self.answer.best if self.choice is None else self.choice
+        return self._given.best if self.choice is None else self.choice
 
     @property
     def iou(self) -> float:
         """Predicted IoU of the mask that counts."""
-        return float(self.answer.iou[self.shown])
+        return float(self._given.iou[self.shown])
 
     def mask(self, hw: tuple[int, int]) -> np.ndarray:
-        """The mask that counts, (H, W) bool."""
-        return self.answer.mask(self.shown, hw)
+        """The mask that counts, (H, W) bool.
+
+        Raises:
+            ValueError: nothing was said about the object yet.
+        """
+        return self._given.mask(self.shown, hw)
+
+    @property
+    def _given(self) -> Answer:
+        if self.answer is None:
+            raise ValueError(f"Object {self.number} has no mask yet: it needs a click or a box first.")
+        return self.answer
 
 
 @dataclass(frozen=True)
