@@ -31,8 +31,8 @@ class Row:
 
     Attributes:
         name: of `evsam_lib.sam3.zoo.MODELS`.
-        weights: as in `load_sam3`: "official", "mini", a file (under `weights_root()` if its path is relative), or None for a
-            random start.
+        weights: as in `load_sam3`: "official", "mini", a file (under `weights_root()` if its path is relative), or None
+            for a random start.
         text: the text encoder in the file.
         context: tokens of a phrase.
         scale: "full" or "mini".

@@ -67,11 +67,12 @@ def _costs(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
                 "box, GMACs": box,
             }
     ledger, sizes = _wide(tables[LEDGER], "ledger"), _wide(tables[LEDGER], "parameters")
+    whole = sizes["detector"].to_dict()
     for name, row in ledger.iterrows():
         trunk, phrase = row["backbone"] + row["head"], row["detector"] - row[["backbone", "head", "neck"]].sum()
         cost = {"image, GMACs": trunk + row["tracker neck"], "box, GMACs": row["click decoder"]}
         cost |= {"image for phrases, GMACs": trunk + row["neck"], "phrase, GMACs": phrase}
-        rows[str(name)] = {"parameters, M": sizes.loc[name, "detector"], **cost}
+        rows[str(name)] = {"parameters, M": whole[name], **cost}
     table = pd.DataFrame.from_dict(rows, orient="index")
     printed = pd.concat([paper("table3"), paper("efficientsam3_boxes")]).query("column == 'COCO mIoU'")
     table["box mIoU, %"] = printed.set_index("row")["value"].reindex(table.index)
@@ -83,14 +84,14 @@ def _verdict(costs: pd.DataFrame) -> str:
     students = costs[costs.index.str.startswith("ES-")]
     if BASIS not in costs.index or students.empty:
         return ""
-    own, basis = costs["image, GMACs"], costs.loc[BASIS, "image, GMACs"]
-    cheapest, best = own[students.index].idxmin(), students["box mIoU, %"].idxmax()
+    own, reported = costs["image, GMACs"], students["box mIoU, %"]
+    cheapest, best, basis = own[students.index].idxmin(), reported.idxmax(), own[BASIS]
     scores = paper("table3").query("column == 'COCO mIoU'").set_index("row")["value"]
     ours = scores[scores.index.str.startswith("EfficientViT")]
     return (
         f"Boxes alone are not what EfficientSAM3 is for: its cheapest student, {cheapest}, encodes an image at "
         f"{digits(own[cheapest])} GMACs, {own[cheapest] / basis:.1f} times {BASIS}'s {digits(basis)}, and the best "
-        f"printed score of the nine is {digits(costs.loc[best, 'box mIoU, %'])} % ({best}), against "
+        f"printed score of the nine is {digits(reported[best])} % ({best}), against "
         f"{digits(ours.max())} % of {ours.idxmax()}. What it adds is the phrase."
     )
 

@@ -37,7 +37,7 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     tables = [read_table(folder) for folder in folders]
     filled = [table for table in tables if len(table)]
     cells = compare(pd.concat(filled) if filled else pd.DataFrame(columns=COLUMNS))
-    metrics = {folder.name: json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in folders}
+    metrics = {folder.name: read_record(folder / "metrics.json") for folder in folders}
     beside = side_by_side({f.name: table for f, table in zip(folders, tables, strict=True) if len(table)}, metrics)
     parts = [_head(profile, cells), beside, "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
