@@ -114,6 +114,23 @@ def test_clicks_have_sams_interface(seen):
         (lambda p, s: p.add_box([5, 5, 100, 20], s), "no XYXY box inside the image of 90 x 60 pixels"),
         (lambda p, s: p.add_box([50, 5, 10, 20], s), "no XYXY box"),
         (lambda p, s: p.add_example([1, 2, 3], s), r"A box is XYXY, 4 numbers; got shape \(3,\)"),
+        (lambda p, s: p.add_box("left", s), r"A box is XYXY, 4 numbers; got shape \(\) <U4"),
+        (lambda p, s: p.add_point((3,), s), r"A point is X and Y, in pixels of the image; got \(3,\)"),
+        (lambda p, s: p.add_point((3, 3), s, label=5), r"A label is 1 \(the object\) or 0 \(not the object\), got 5"),
+        (lambda p, s: p.add_example([1, 2, 30, 40], s, label=2), "A label is 1 .*, got 2"),
+        (lambda p, s: p.set_text_prompt("red disc", None), "The state must be what set_image returned, got NoneType"),
+        (lambda p, s: p.add_box([1, 2, 30, 40], IMAGE), "The state must be what set_image returned, got ndarray"),
+        (lambda p, s: p.predict(s, point_coords=np.zeros((1, 2))), "Points need labels, .* none were given"),
+        (
+            lambda p, s: p.predict(s, point_coords=np.full((1, 2), np.nan), point_labels=np.ones(1)),
+            "Points must be finite numbers, got",
+        ),
+        (
+            lambda p, s: p.predict(s, point_coords=np.zeros((1, 2)), point_labels=np.array([7])),
+            r"Labels are 1 \(object\), 0 .* or -1 .*, got \[7\]",
+        ),
+        (lambda p, s: p.set_image("photo.jpg"), "or a PIL image, got 'photo.jpg'; read a file first"),
+        (lambda p, s: Sam3Processor(p.model, confidence_threshold=50), "lies between 0 and 1, got 50"),
         (lambda p, s: p.predict(s), "needs points, a box or a mask, none was given"),
         (
             lambda p, s: p.predict(s, point_coords=np.zeros((2, 2)), point_labels=np.ones(1)),

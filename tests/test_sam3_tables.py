@@ -1,6 +1,8 @@
 """SAM3's clicks in the study's own evaluation, its seconds part by part, and the protocols that need weights."""
 
 import json
+import re
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +13,10 @@ import torch
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.data.saco import GeneratedConcepts, SacoImages, write_saco
 from evsam_lib.data.write import write_coco
-from evsam_lib.evaluate import evaluate
+from evsam_lib.evaluate import cli, evaluate
 from evsam_lib.evaluate import main as evaluate_main
+from evsam_lib.models.weights import SHIPPED
+from evsam_lib.models.zoo import ZOO
 from evsam_lib.predict import BatchPredictor, Predictor
 from evsam_lib.sam3 import Sam3Processor, bench, load_sam3, phrases, protocols
 from evsam_lib.sam3.as_sam import ClickModel
@@ -21,6 +25,7 @@ from evsam_lib.sam3.phrases import CocoPhrases, evaluate_phrases
 from evsam_lib.sam3.protocols import BOX_ROWS, PHRASE_ROWS, Row, box_table, phrase_table
 from evsam_lib.sam3.zoo import IMAGES
 from evsam_lib.study import paper
+from evsam_lib.study.paths import repo_root
 from tests.golden import fill
 
 IMAGE = fill.reference_image(60, 90)
@@ -365,3 +370,57 @@ class TestTables:
         assert values == {"cgF1": 20, "pmF1": 30, "MCC": pytest.approx(0.6), "cgF1 Food": 10, "cgF1 Wiki": 30}
         assert {record["n"] for record in records} == {4, 6, 10}
         assert {record["status"] for record in records} == {"generated data"}
+
+
+class TestWeightsOfOthers:
+    """Files that are none of this model's are told apart in words, before any name is compared."""
+
+    def test_a_foreign_file(self, tmp_path):
+        torch.save({"conv.weight": torch.zeros(2)}, tmp_path / "net.pt")
+        with pytest.raises(ValueError, match=r"holds no encoder of SAM3 or EfficientSAM3: its first name is 'conv.wei"):
+            load_sam3("ES-EV-S", tmp_path / "net.pt", scale="mini", image_size=112)
+
+    def test_sams_file_is_not_sam3s(self):
+        with pytest.raises(ValueError, match="holds no encoder of SAM3 or EfficientSAM3"):
+            load_sam3("SAM3", SHIPPED / "sam-vit-mini.safetensors", scale="mini")
+
+    def test_a_part_that_there_is_not(self):
+        with pytest.raises(ValueError, match="Unknown part 'text' to do without; there are tracker, geometry"):
+            load_sam3("ES-EV-S", scale="mini", without=("text",))
+
+    def test_released_files_that_are_not_here(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("EVSAM_WEIGHTS_ROOT", str(tmp_path))
+        with pytest.raises(FileNotFoundError, match=r"python -m evsam_lib.fetch weights LiteText-L"):
+            load_sam3("LiteText", "official", text="ES-MC-L")
+        with pytest.raises(ValueError, match="LiteText with the text encoder SAM3 has no released file"):
+            load_sam3("LiteText", "official", text="SAM3")
+
+
+class TestDocuments:
+    """What they print for EfficientSAM3 runs: the code on small weights, the commands as far as their words."""
+
+    def test_the_quick_start(self, model, monkeypatch):
+        text = (repo_root() / "README.md").read_text()
+        (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Sam3Processor" in c]
+        asked = []
+        monkeypatch.setattr("evsam_lib.sam3.load.load_sam3", lambda *a, **k: asked.append((a, k)) or model)
+        names = {"image": IMAGE}
+        exec(code, names)
+        assert asked == [(("ES-EV-S", "efficient_sam3_efficientvit_s.pt"), {"text": "SAM3"})]
+        assert names["found"].masks.shape[1:] == IMAGE.shape[:2] and 0 <= names["found"].presence <= 1
+
+    def test_the_commands_are_understood(self):
+        text = (repo_root() / "docs" / "efficientsam3.md").read_text()
+        parsers = {"evsam_lib.evaluate": cli._parser(), "evsam_lib.sam3.phrases": phrases._parser()}
+        parsers |= {"evsam_lib.sam3.bench": bench._parser()}
+        lines = text.replace("\\\n", " ").splitlines()
+        found = [
+            shlex.split(line, comments=True)
+            for line in lines
+            if re.match(r"\.venv/bin/python -m evsam_lib\.(sam3|ev)", line)
+        ]
+        assert {words[2] for words in found} == set(parsers)
+        for words in found:
+            options = parsers[words[2]].parse_args(words[3:])
+            model = getattr(options, "model", None)
+            assert model is None or model in {*IMAGES, *ZOO}

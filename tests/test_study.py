@@ -222,6 +222,43 @@ class TestReport:
         first = text.index("![Finding of second_letter](09_test/figures/second_letter.png)")
         assert first < text.index("Conditions of second_letter – 3 × 3.") < text.index("a_letter.png")
 
+    def test_both_families_stand_side_by_side(self, opened, tmp_path):
+        study = opened("01_architecture")
+        counts = {"params, whole model": 34.8, "MACs, encoder": 35.0, "MACs, with decoder": 36.0}
+        study.table("counts", {"efficientvit-sam-l0": counts, "sam-vit-b": counts}, unit="G", status="computed")
+        study.save()
+        study = opened("16_efficientsam3_compute")
+        parts = {
+            "backbone": 2.0,
+            "head": 10.0,
+            "neck": 100.0,
+            "detector": 330.0,
+            "tracker neck": 93.0,
+            "click decoder": 3.0,
+        }
+        study.table("ledger", {"ES-EV-S": parts}, unit="G", status="computed")
+        study.table("parameters", {"ES-EV-S": {"detector": 93.2}}, unit="M", status="computed")
+        study.table("seconds", {"ES-EV-S, 504 px": {"image": 1500.0, "phrase": 2000.0}}, unit="ms", status="measured")
+        study.save()
+        assert "# EfficientSAM3 beside" in build_report(tmp_path / "results", "mini").read_text()
+        study = opened("18_efficientsam3_memory")
+        study.metric("gain_j_and_f_points", 4.25)
+        study.save()
+        text = build_report(tmp_path / "results", "mini").read_text()
+        section = text[text.index("# EfficientSAM3 beside") : text.index("# What the notebooks found")]
+        lines = {line.split("|")[1].strip(): line for line in section.splitlines() if line.startswith("|")}
+        row = [cell.strip() for cell in lines["ES-EV-S"].split("|")[2:-1]]
+        assert row == ["93.2", "105", "3", "112", "218", "61.62"]  # image for boxes: backbone, head, tracker's neck
+        assert "sam-vit-b" not in lines  # has no row in the paper
+        assert "ES-EV-S, encodes an image at 105 GMACs, 3.0 times EfficientViT-SAM-L0's 35" in text
+        assert [cell.strip() for cell in lines["ES-EV-S, 504 px"].split("|")[2:-1]] == ["1.5", "2"]
+        assert (
+            "66.3 % (ES-EV-L), against 79.9 % of EfficientViT-SAM-XL1" not in text
+        )  # of the students that were counted
+        assert "61.62 % (ES-EV-S), against 79.9 % of EfficientViT-SAM-XL1" in text
+        assert "stage 2, memory" in text and "4.25" in text
+        assert text.index("# EfficientSAM3 beside") < text.index("# What the notebooks found")
+
     def test_no_results(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"evsam_lib\.run --profile paper"):
             build_report(tmp_path, "paper")

@@ -65,6 +65,9 @@ def load_sam3(
 
     scale = "mini" if weights == "mini" else scale
     config = configuration(name, text, context=context, scale=scale, image_size=image_size)
+    without = (without,) if isinstance(without, str) else tuple(without)
+    if unknown := [part for part in without if part not in OPTIONAL]:
+        raise ValueError(f"Unknown part {unknown[0]!r} to do without; there are {', '.join(OPTIONAL)}.")
     if name == TEACHER and weights == "official" and not (weights_root() / SAM3_FILE).is_file():
         model = _from_hub("facebook/sam3", config)
     else:
@@ -96,7 +99,7 @@ def contents(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
         rows = ((name, (row.official[0], row.width)) for name, row in IMAGES.items())
         image = next((name for name, found in rows if found == (family, head[1].shape[1])), None)
         trunk = head[1].shape[0]
-    elif tower := _first(state, r"(patch_embed\.proj|patch_embeddings\.projection)\.weight$"):
+    elif tower := _first(state, r"(trunk\.patch_embed\.proj|vision_encoder\..*patch_embeddings\.projection)\.weight$"):
         image, trunk = TEACHER, tower[1].shape[0]
     scale = next((name for name, scale in SCALES.items() if scale.trunk[0] == trunk), None)
     return {"image": image, "text": _text_of(state, scale), "scale": scale}
@@ -144,6 +147,8 @@ def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | No
         if not Path(weights).is_file():
             raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
         return Path(weights)
+    if name not in (TEACHER, *IMAGES) and text not in LITETEXT:
+        raise ValueError(f"{name} with the text encoder {text} has no released file; give the path of one.")
     path = weights_root() / (
         SAM3_FILE if name == TEACHER else IMAGES[name].file_name if name in IMAGES else LITETEXT[text]
     )
@@ -186,6 +191,9 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
 def _check_contents(state: dict[str, torch.Tensor], study: dict[str, str], source: str) -> None:
     """Whose weights these are is said in the users' words, before any name is compared."""
     found = contents(state)
+    if found["image"] is None and found["text"] is None:
+        first = next(iter(state), "nothing")
+        raise ValueError(f"{source} holds no encoder of SAM3 or EfficientSAM3: its first name is {first!r}.")
     image = TEACHER if study["name"] == "LiteText" else study["name"]
     wanted = {"image": image, "text": study["text"], "scale": study["scale"]}
     for part in ("image", "text", "scale"):
@@ -213,9 +221,11 @@ def _from_hub(repository: str, config):
     try:
         loaded: Any = Sam3VideoModel.from_pretrained(repository, output_loading_info=True)
     except (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        gated = isinstance(error, GatedRepoError)
+        why = "its owners have not admitted this account" if gated else "no network, or no access"
         raise PermissionError(
-            f"{repository} cannot be read: ask for access at https://huggingface.co/{repository}, then log in with "
-            "`hf auth login`; or give a file's path, or use LiteText or a student."
+            f"{repository} cannot be read ({why}): ask for access at https://huggingface.co/{repository}, then set "
+            "HF_TOKEN or run `hf auth login`; or give a file's path, or use LiteText or a student."
         ) from error
     model, info = loaded
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}

@@ -90,9 +90,14 @@ class Sam3Processor:
     Args:
         model: what `load_sam3` returns.
         confidence_threshold: instances of a concept with a lower score are left out; 0.5 as in SAM3's code.
+
+    Raises:
+        ValueError: a threshold that no score can have.
     """
 
     def __init__(self, model, confidence_threshold: float = 0.5):
+        if not 0 <= confidence_threshold <= 1:
+            raise ValueError(f"A confidence threshold lies between 0 and 1, got {confidence_threshold}.")
         self.model = model
         self.confidence_threshold = confidence_threshold
         self._phrases: dict[str, tuple[object, Tensor]] = {}
@@ -128,6 +133,7 @@ class Sam3Processor:
         Raises:
             ValueError: the phrase is empty or has too many tokens.
         """
+        _check_state(state)
         tokenize([phrase], self.context)
         state.phrase = phrase
         return self.find(state)
@@ -144,24 +150,29 @@ class Sam3Processor:
             ValueError: the box lies outside, or the model's file held no encoder of examples.
         """
         self.require("geometry", "example boxes")
+        _check_state(state)
+        label = _label(label)
         x0, y0, x1, y1 = _box(box, state.size)
         (height, width), middle = state.size, ((x0 + x1) / 2, (y0 + y1) / 2)
-        state.examples.append(
-            ([middle[0] / width, middle[1] / height, (x1 - x0) / width, (y1 - y0) / height], int(label))
-        )
+        state.examples.append(([middle[0] / width, middle[1] / height, (x1 - x0) / width, (y1 - y0) / height], label))
         return self.find(state)
 
     def add_point(self, point: tuple[float, float], state: ImageState, *, label: int = 1) -> Masks:
         """One more click on an object (label 1) or beside it (0), XY pixels; answers with the object's masks."""
+        _check_state(state)
+        label = _label(label)
+        if np.shape(point) != (2,):
+            raise ValueError(f"A point is X and Y, in pixels of the image; got {point!r}.")
         x, y = map(float, point)
         height, width = state.size
         if not (0 <= x <= width and 0 <= y <= height):
             raise ValueError(f"The point ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels.")
-        state.points.append(([x, y], int(label)))
+        state.points.append(([x, y], label))
         return self._clicked(state)
 
     def add_box(self, box: np.ndarray, state: ImageState) -> Masks:
         """The box of an object, XYXY pixels, in place of an earlier one; answers with the object's masks."""
+        _check_state(state)
         state.box = _box(box, state.size)
         return self._clicked(state)
 
@@ -235,6 +246,7 @@ class Sam3Processor:
             ValueError: no prompt, one of another shape, or a model whose file held no tracker.
         """
         self.require("tracker", "points and boxes")
+        _check_state(state)
         if point_coords is None and box is None and mask_input is None:
             raise ValueError("A prompt needs points, a box or a mask, none was given.")
         tracker, features = self.model.tracker_model, self._tracked(state)
@@ -277,11 +289,17 @@ class Sam3Processor:
             coords.append(torch.tensor(_box(box, state.size)).view(2, 2))
             codes.append(torch.tensor([2, 3]))
         if points is not None:
+            if labels is None:
+                raise ValueError("Points need labels, 1 for the object and 0 for not the object; none were given.")
             points, labels = torch.as_tensor(points, dtype=torch.float32), torch.as_tensor(labels)
             if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
                 raise ValueError(
                     f"Points must be (P, 2) and labels (P,), got {tuple(points.shape)} and {tuple(labels.shape)}."
                 )
+            if not points.isfinite().all():
+                raise ValueError(f"Points must be finite numbers, got {points.tolist()}.")
+            if not np.isin(labels, (-1, 0, 1)).all():
+                raise ValueError(f"Labels are 1 (object), 0 (not the object) or -1 (no point), got {labels.tolist()}.")
             coords.append(points)
             codes.append(labels.long())
         if not coords:
@@ -336,6 +354,8 @@ def rgb(image: np.ndarray | Image.Image) -> np.ndarray:
         ValueError: it is none.
     """
     array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    if array.ndim == 0:
+        raise ValueError(f"An image must be (H, W, 3) uint8 RGB or a PIL image, got {image!r}; read a file first.")
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
         raise ValueError(f"An image must be (H, W, 3) uint8 RGB, got {array.shape} {array.dtype}.")
     return array
@@ -363,11 +383,21 @@ def enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
+def _check_state(state) -> None:
+    if not isinstance(state, ImageState):
+        raise ValueError(f"The state must be what set_image returned, got {type(state).__name__}.")
+
+
+def _label(label) -> int:
+    if label not in (0, 1):
+        raise ValueError(f"A label is 1 (the object) or 0 (not the object), got {label!r}.")
+    return int(label)
+
+
 def _box(box, size: tuple[int, int]) -> list[float]:
-    values = np.asarray(box, dtype=float).reshape(-1)
-    height, width = size
-    if values.shape != (4,):
-        raise ValueError(f"A box is XYXY, 4 numbers; got shape {np.shape(box)}.")
+    values, (height, width) = np.asarray(box).reshape(-1), size
+    if values.shape != (4,) or values.dtype.kind not in "iuf":
+        raise ValueError(f"A box is XYXY, 4 numbers; got shape {np.shape(box)} {values.dtype}.")
     x0, y0, x1, y1 = values.tolist()
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(f"The box {values.tolist()} is no XYXY box inside the image of {width} x {height} pixels.")

@@ -31,8 +31,8 @@ class Row:
 
     Attributes:
         name: of `evsam_lib.sam3.zoo.MODELS`.
-        weights: as in `load_sam3`: "official", a file (under `weights_root()` if its path is relative), or None for a
-            random start.
+        weights: as in `load_sam3`: "official", "mini", a file (under `weights_root()` if its path is relative), or None
+            for a random start.
         text: the text encoder in the file.
         context: tokens of a phrase.
         scale: "full" or "mini".
@@ -182,7 +182,7 @@ def _rows(rows: Sequence[Row], measure: Callable, column: str, *, missing, devic
 
 def _load(row: Row, device):
     weights = row.weights
-    if weights not in (None, "official"):
+    if weights not in (None, "mini", "official"):
         weights = weights_root() / weights  # an absolute path stays one
     torch.manual_seed(0)  # of a random start
     shape = {"text": row.text, "context": row.context, "scale": row.scale, "image_size": row.image_size}

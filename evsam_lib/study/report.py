@@ -1,7 +1,7 @@
 """The report: every result of a profile, gathered into one page that reads like a paper's results section.
 
-`results/<profile>/RESULTS.md`: the count of verdicts, a section per notebook with its figures and tables, and the
-verdict on every number the paper prints. Made by notebook 20_report.
+`results/<profile>/RESULTS.md`: the count of verdicts, the two families side by side, a section per notebook with its
+figures and tables, and the verdict on every number the paper prints. Made by notebook 20_report.
 """
 
 import re
@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from .families import side_by_side
 from .paths import repo_root, resolve, write_text
 from .picture import labels
 from .reference import GENERATED, compare, kind
@@ -36,7 +37,9 @@ def build_report(results_root: str | Path = "results", profile: str = "mini") ->
     tables = [read_table(folder) for folder in folders]
     filled = [table for table in tables if len(table)]
     cells = compare(pd.concat(filled) if filled else pd.DataFrame(columns=COLUMNS))
-    parts = [_head(profile, cells), "# What the notebooks found"]
+    metrics = {folder.name: read_record(folder / "metrics.json") for folder in folders}
+    beside = side_by_side({f.name: table for f, table in zip(folders, tables, strict=True) if len(table)}, metrics)
+    parts = [_head(profile, cells), beside, "# What the notebooks found"]
     parts += [_section(folder, table) for folder, table in zip(folders, tables, strict=True)]
     parts += ["# Every printed number"]
     parts += [_verdicts(str(name), rows) for name, rows in cells.groupby("table", sort=False)]
@@ -64,7 +67,7 @@ def _head(profile: str, cells: pd.DataFrame) -> str:
     warning = MINI if profile == "mini" else f"Profile `{profile}`."
     return "\n\n".join(
         [
-            "# EfficientViT-SAM: results of this study",
+            "# EfficientViT-SAM and EfficientSAM3: results of this study",
             warning,
             f"Of the {len(cells)} printed numbers: {summary}. "
             "A number matches within half a unit of its last printed digit. After ± stands the spread over repeated "
