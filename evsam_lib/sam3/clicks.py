@@ -105,7 +105,9 @@ def click_maps(model, tokens: Tensor, *, level: int = 0) -> list[Tensor]:
     return [*maps, coarsest + model.tracker_model.no_memory_embedding.view(1, -1, 1, 1)]
 
 
-def decode(model, maps: list[Tensor], coords: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def decode(
+    model, maps: list[Tensor], coords: Tensor, labels: Tensor, *, multimask: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
     """Masks of every prompt.
 
     Args:
@@ -113,9 +115,10 @@ def decode(model, maps: list[Tensor], coords: Tensor, labels: Tensor) -> tuple[T
         maps: of `click_maps`.
         coords: (B, N, P, 2) float, XY pixels of the model's frame.
         labels: (B, N, P) int64, see `Asked`.
+        multimask: three masks, K = 3, or one, K = 1.
 
     Returns:
-        logits (B, N, 3, 4h, 4w), predicted IoU (B, N, 3), and logits (B, N, 1) of there being an object.
+        logits (B, N, K, 4h, 4w), predicted IoU (B, N, K), and logits (B, N, 1) of there being an object.
     """
     tracker, size = model.tracker_model, maps[-1].shape[-2:]
     sparse, dense = tracker.prompt_encoder(coords, labels, None, None)
@@ -124,7 +127,7 @@ def decode(model, maps: list[Tensor], coords: Tensor, labels: Tensor) -> tuple[T
         image_positional_embeddings=_positions(tracker, size).expand(len(maps[-1]), -1, -1, -1),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense[..., : size[0], : size[1]],  # the same in every cell
-        multimask_output=True,
+        multimask_output=multimask,
         high_resolution_features=maps[:-1],
     )
     return masks, iou, present

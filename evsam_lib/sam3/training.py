@@ -289,16 +289,29 @@ def fit_stage(
 
     Args:
         objective: what is trained, for what.
-        values: one a sample.
+        values: one a sample; made when asked for, if the sequence does so.
         make: record and generator -> tensors, of equal shapes for all samples, the record's `image_id` first.
         settings: how long, how fast.
         out: folder of logs and checkpoints.
         resume: go on from the last checkpoint in `out`.
     """
-    records = [Record(i, value) for i, value in enumerate(values)]
-    settings = settings.complete(model="", images=len(records))
+    records = _Records(values)
+    objective.settings = settings = settings.complete(model="", images=len(records))
     record = {"stage": type(settings).__name__, "images": len(records)}
     return fit(objective, Batches(records, make, _stacked), settings, out=out, record=record, resume=resume)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Values that may be made only when they are asked for."""
+
+    values: Sequence
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, place: int) -> Record:
+        return Record(place, self.values[place])
 
 
 def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
