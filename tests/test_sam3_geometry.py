@@ -1,5 +1,6 @@
 """Clicks and boxes in batches, the fine-tune with prompts in the loop, and the teacher's own training, at toy size."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from evsam_lib.data.concepts import concept_scene
-from evsam_lib.sam3 import Sam3Processor, clicks, geometry, load_sam3, training
+from evsam_lib.sam3 import Sam3Processor, click_training, clicks, geometry, load_sam3, training
 
 SIDE = 112
 
@@ -56,7 +57,7 @@ def test_a_batch_of_prompts_answers_as_the_processor_does(pair, scenes):
 
 def test_the_wrong_level_is_half_as_fine(pair):
     model = pair[1]
-    tokens = torch.randn(1, 64, 64, generator=generator())
+    tokens = torch.randn(1, 64, 128, generator=generator())
     right, wrong = (clicks.click_maps(model, tokens, level=k) for k in (0, 1))
     assert [m.shape[-1] for m in right] == [32, 16, 8] and [m.shape[-1] for m in wrong] == [16, 8, 4]
     coords, labels = torch.full((1, 2, 1, 2), 50.0), torch.ones(1, 2, 1, dtype=torch.long)
@@ -90,7 +91,7 @@ def test_geometry_loss_by_hand():
     assert found["bce"] == pytest.approx(math.log(2))
     assert found["dice"] == pytest.approx(1 - (2 * 0.5 * 0.75 + 1) / (0.5 + 0.75 + 1))
     assert found["l2"] == pytest.approx(1.0)
-    assert found["loss"] == pytest.approx(found["bce"] + found["dice"] + found["l2"])
+    assert found["loss"] == pytest.approx((found["bce"] + found["dice"] + found["l2"]).item())
     assert found["iou"] == 0.0  # a logit of 0 is not above 0
     assert geometry.geometry_loss(teacher, teacher, wanted, wanted, best)["iou"] == 1.0
 
@@ -122,3 +123,35 @@ def test_iou_by_size_of_objects(pair, scenes):
     found = clicks.mean_by_size(table, (1.5, 5.0))
     assert found[["all", "< 1.5 cells", "1.5 to 5 cells"]].tolist() == pytest.approx([50, 20, 65])
     assert math.isnan(found["> 5 cells"])
+
+
+def test_click_loss_by_hand():
+    logits = torch.tensor([[[[5.0, -5.0]], [[-5.0, 5.0]]]])  # of two masks the first is right
+    targets = torch.tensor([[[1.0, 0.0]]])
+    iou, present = torch.tensor([[1.0, 0.5]]), torch.zeros(1, 1)
+    late = click_training.click_loss(logits, iou, present, targets, done=0.9)
+    assert late["iou"] == 1.0 and late["iou_error"] == pytest.approx(0.125)
+    wrong = click_training.click_loss(-logits[:, :1], iou[:, :1], present, targets, done=0.9)
+    assert wrong["mask"] > late["mask"] + 1 and wrong["iou"] == 0.0
+    assert late["loss"] == pytest.approx(late["mask"].item() + 0.125 + 0.1 * math.log(2), abs=1e-6)
+    early = click_training.click_loss(logits, iou, present, targets, done=0.0)  # every mask counts, both sides alike
+    entropy = (math.log1p(math.exp(-5)) + math.log1p(math.exp(5))) / 2  # mean of the right and the wrong mask
+    right, p = torch.tensor(5.0).sigmoid().item(), 3.0
+    dice = 1 - ((2 * right + 1) / p + (2 * (1 - right) + 1) / p) / 2
+    assert early["mask"] == pytest.approx(2 * entropy + dice, rel=1e-5)
+
+
+def test_the_tracker_learns_clicks_and_nothing_else_moves(pair, scenes, tmp_path):
+    model = copy.deepcopy(pair[1])
+    click_training.align_positions(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    settings = click_training.ClickStage(steps=6, batch_size=2, lr=3e-3, prompts=3, multimask=0.5)
+    log = click_training.train_clicks(model, scenes[:2], settings, out=tmp_path)
+    assert log.loss.iloc[-1] < log.loss.iloc[0] and log.iou_error.iloc[-1] < log.iou_error.iloc[0]
+    trained = click_training.click_weights(model)
+    assert "tracker_model.shared_image_embedding.positional_embedding" in trained
+    assert not any("memory" in key or "detector" in key for key in trained)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved and moved <= set(trained)
+    assert any(key.startswith("tracker_neck") for key in moved)
+    assert any("mask_tokens" in key for key in moved)
