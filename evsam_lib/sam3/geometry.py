@@ -2,8 +2,9 @@
 
 Student's and teacher's tokens go through the same frozen neck and mask decoder with the same boxes and points; the
 student's masks are held to the teacher's best, and its tokens still to the teacher's tokens. Only the student's trunk
-and head learn. The official code makes the neck's four maps and attends to the last of them, of 28 pixels a cell, where
-SAM3 itself attends to that of 14: `official="level"` does as it does, and notebook 17 shows what that costs.
+and head learn. The prompts go through the tracker, which answers clicks; the official code sends them through the
+detector. It makes the neck's four maps and attends to the last of them, of 28 pixels a cell, where SAM3 itself attends
+to that of 14: `official="level"` does so here, and notebook 17 shows what that costs.
 """
 
 from collections.abc import Sequence

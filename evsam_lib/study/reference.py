@@ -38,6 +38,7 @@ _NEEDS = {
     "params": "the model's definition",
     "MACs": "the model's definition",
     "efficientsam3": "the models' definitions",
+    "efficientsam3_texts": "SA-Co VEval's noun phrases and released weights",
     "throughput": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "speed-up": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "table5": "COCO val2017, detector boxes and released weights",
