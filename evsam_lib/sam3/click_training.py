@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evsam_lib.data.concepts import ConceptScene, concept_scene
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
 from evsam_lib.sam3.training import Record, Stage, Stage1, fit_stage, training_frame
 from evsam_lib.training import losses
@@ -23,7 +22,7 @@ from evsam_lib.training.batches import STEP, generator_for
 from evsam_lib.training.settings import option
 
 __all__ = [
-    "PARTS", "ClickStage", "GeneratedScenes", "align_positions", "click_loss", "click_weights", "train_clicks",
+    "PARTS", "ClickStage", "align_positions", "click_loss", "click_weights", "train_clicks",
 ]  # fmt: skip
 
 PARTS = ("tracker_neck.", "tracker_model.prompt_encoder.", "tracker_model.mask_decoder.")
@@ -40,31 +39,6 @@ class ClickStage(Stage):
     max_points: int = option(3, "points on an object are 1 to so many; half of the images get boxes instead")
     box_jitter: float = option(0.05, "spread of a box's corners, as a part of its sides")
     multimask: float = option(0.6, "share of the steps that train the three masks; the others train the single one")
-
-
-@dataclass(frozen=True)
-class GeneratedScenes:
-    """Concept scenes, made when they are asked for.
-
-    Attributes:
-        seed: of the data set.
-        count: how many.
-        side: of an image, pixels.
-        first: number of the first one.
-    """
-
-    seed: int
-    count: int
-    side: int
-    first: int = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> ConceptScene:
-        if not 0 <= index < self.count:
-            raise IndexError(f"Scene {index} of {self.count}.")
-        return concept_scene(self.seed, self.first + index, size=(self.side, self.side))
 
 
 def train_clicks(

@@ -44,7 +44,8 @@ def count_sam3(
     text: str | None = None,
     *,
     context: int | None = None,
-    image_size: int = 1008,
+    scale: str = "full",
+    image_size: int | None = None,
     taps: Sequence[int] = (32,),
     head_width: int | None = None,
 ) -> pd.DataFrame:
@@ -54,7 +55,8 @@ def count_sam3(
         name: one of `evsam_lib.sam3.zoo.MODELS`.
         text: its text encoder, as in `load_sam3`.
         context: tokens of the phrase, as in `load_sam3`.
-        image_size: side of the input, pixels.
+        scale: "full" or "mini".
+        image_size: side of the input, pixels; None is the scale's (1008, mini 168).
         taps: stages of the image student, as in `load_sam3`.
         head_width: channels within its head, as in `load_sam3`.
 
@@ -68,7 +70,9 @@ def count_sam3(
     """
     from transformers import Sam3VideoModel
 
-    config = configuration(name, text, context=context, image_size=image_size, taps=taps, head_width=head_width)
+    config = configuration(
+        name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
+    )
     with torch.device("meta"):
         model = Sam3VideoModel(config).eval()
     ledger = Ledger()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from evsam_lib.models.weights import load_strictly, read_state_dict, save_weights, weights_root
+from evsam_lib.models.weights import SHIPPED, load_strictly, read_state_dict, save_weights, weights_root
 from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
 from evsam_lib.sam3.zoo import IMAGES, SCALES, TEACHER, TEXTS, configuration
 
@@ -40,8 +40,9 @@ def load_sam3(
     Args:
         name: one of `MODELS`, such as "ES-EV-S".
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
-            of `save_sam3`, or "official" for the released weights: a file under `weights_root()`; for SAM3,
-            facebook/sam3 on Hugging Face, which asks for access.
+            of `save_sam3`, "mini" for the teacher that ships with this library (SAM3 at scale "mini"), or "official"
+            for the released weights: a file under `weights_root()`; for SAM3, facebook/sam3 on Hugging Face, which asks
+            for access.
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
@@ -148,10 +149,13 @@ def _random_start(model) -> Report:
 def _weights_path(name: str, weights: str | Path | None) -> Path | None:
     if weights is None:
         return None
+    if weights == "mini" and name != TEACHER:
+        raise ValueError(f"No weights ship for {name}; they ship for {TEACHER} at scale 'mini'.")
     if weights != "official":
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'official' or None.")
-        return Path(weights)
+        path = SHIPPED / "sam3-mini.safetensors" if weights == "mini" else Path(weights)
+        if not path.is_file():
+            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
+        return path
     if name not in IMAGES:
         raise ValueError(f"{name} has no file of its own; give the path of one.")
     path = weights_root() / IMAGES[name].file_name
