@@ -1,8 +1,8 @@
 """Images with noun phrases: SA-Co Gold's files, written for generated concepts, read for training and evaluation.
 
-SA-Co's annotations look like COCO's, but an entry of "images" is a pair of an image and a phrase: `text_input` names the
-concept, `file_name` the image, and a pair without annotations is a negative, the concept is not there. Boxes and areas
-are parts of the image. Images of several pairs are read once and keep their phrases together, which is what makes
+SA-Co's annotations look like COCO's, but an entry of "images" is a pair of an image and a phrase: `text_input` names
+the concept, `file_name` the image, and a pair without annotations is a negative, the concept is not there. Boxes and
+areas are parts of the image. Images of several pairs are read once and keep their phrases together, which is what makes
 training on many phrases cheap. Notebook 19.
 """
 
@@ -32,11 +32,13 @@ class ConceptPhrase:
         pair_id: of the pair of image and phrase.
         text: the noun phrase.
         masks: (M, H, W) bool, all instances; M is 0 for a negative.
+        others: what further annotators took for all instances, likewise.
     """
 
     pair_id: int
     text: str
     masks: np.ndarray = field(repr=False)
+    others: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -110,22 +112,34 @@ class SacoImages(Sequence):
         annotations: the json file.
         images: folder that its file names are relative to.
         limit: first so many images only; None for all.
+        also: files of further annotators of the same pairs: SA-Co Gold has three of each. A pair counts if its
+            instances are all annotated in every file.
 
     Raises:
         FileNotFoundError: the file or the folder is not there.
         ValueError: the file is of another layout; the message says what is missing.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path, *, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        *,
+        limit: int | None = None,
+        also: Sequence[str | Path] = (),
+    ) -> None:
         self.path, self.folder = Path(annotations), Path(images)
         if not self.path.is_file():
             raise FileNotFoundError(f"No annotations at {self.path}; SA-Co Gold's are on Hugging Face, SACo-Gold.")
         if not self.folder.is_dir():
             raise FileNotFoundError(f"No folder of images at {self.folder}.")
         pairs, self._found = _read(self.path)
+        further = [_read(Path(path)) for path in also]
+        self._others = [found for _, found in further]
+        partly = {pair["id"] for own, _ in further for pair in own if not pair.get("is_instance_exhaustive", True)}
         grouped: dict[str, list[dict]] = {}
         for pair in pairs:
-            if pair.get("is_instance_exhaustive", True):  # as in the official evaluation
+            if pair.get("is_instance_exhaustive", True) and pair["id"] not in partly:  # as in the official evaluation
                 grouped.setdefault(pair["file_name"], []).append(pair)
         if not grouped:
             raise ValueError(f"{self.path} holds no pair of image and phrase whose instances are all annotated.")
@@ -143,8 +157,12 @@ class SacoImages(Sequence):
         return ConceptImage(index, image, tuple(self._phrase(pair, image.shape[:2]) for pair in pairs))
 
     def _phrase(self, pair: dict, size: tuple[int, int]) -> ConceptPhrase:
-        masks = np.zeros((len(self._found.get(pair["id"], [])), *size), bool)
-        for mask, annotation in zip(masks, self._found.get(pair["id"], []), strict=True):
+        masks, *others = (self._masks(found, pair, size) for found in (self._found, *self._others))
+        return ConceptPhrase(pair["id"], pair["text_input"], masks, tuple(others))
+
+    def _masks(self, found: dict[int, list[dict]], pair: dict, size: tuple[int, int]) -> np.ndarray:
+        masks = np.zeros((len(found.get(pair["id"], [])), *size), bool)
+        for mask, annotation in zip(masks, found.get(pair["id"], []), strict=True):
             rle = annotation["segmentation"]
             if tuple(rle["size"]) != size:
                 raise ValueError(
@@ -152,7 +170,7 @@ class SacoImages(Sequence):
                     f"{rle['size'][1]} pixels, its image {pair['file_name']} {size[0]} x {size[1]}."
                 )
             mask[:] = coco_mask.decode(rle)
-        return ConceptPhrase(pair["id"], pair["text_input"], masks)
+        return masks
 
 
 def _read(path: Path) -> tuple[list[dict], dict[int, list[dict]]]:

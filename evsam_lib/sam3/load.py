@@ -13,12 +13,15 @@ import torch
 
 from evsam_lib.models.weights import SHIPPED, load_strictly, read_state_dict, save_weights, weights_root
 from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
-from evsam_lib.sam3.zoo import IMAGES, SCALES, TEACHER, TEXTS, configuration
+from evsam_lib.sam3.zoo import IMAGES, LITETEXT, SCALES, TEACHER, TEXTS, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["contents", "load_sam3", "save_sam3"]
+
+
+SAM3_FILE = "sam3.pt"  # as facebook/sam3 names it
 
 
 def load_sam3(
@@ -41,8 +44,8 @@ def load_sam3(
         name: one of `MODELS`, such as "ES-EV-S".
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
             of `save_sam3`, "mini" for the teacher that ships with this library (SAM3 at scale "mini"), or "official"
-            for the released weights: a file under `weights_root()`; for SAM3, facebook/sam3 on Hugging Face, which asks
-            for access.
+            for the released weights: a file under `weights_root()`; where SAM3's is not there, facebook/sam3 on Hugging
+            Face, which asks for access.
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
@@ -67,10 +70,10 @@ def load_sam3(
     config = configuration(
         name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
     )
-    if name == TEACHER and weights == "official":
+    if name == TEACHER and weights == "official" and not (weights_root() / SAM3_FILE).is_file():
         model = _from_hub("facebook/sam3", config)
     else:
-        path = _weights_path(name, weights)
+        path = _weights_path(name, weights, config.study["text"])
         state = None if path is None else read_state_dict(path)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
         model = Sam3VideoModel(config)
@@ -146,7 +149,7 @@ def _random_start(model) -> Report:
     return Report("random start")
 
 
-def _weights_path(name: str, weights: str | Path | None) -> Path | None:
+def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:
     if weights is None:
         return None
     if weights == "mini" and name != TEACHER:
@@ -156,11 +159,15 @@ def _weights_path(name: str, weights: str | Path | None) -> Path | None:
         if not path.is_file():
             raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
         return path
-    if name not in IMAGES:
-        raise ValueError(f"{name} has no file of its own; give the path of one.")
-    path = weights_root() / IMAGES[name].file_name
+    path = weights_root() / (
+        SAM3_FILE if name == TEACHER else IMAGES[name].file_name if name in IMAGES else LITETEXT[text]
+    )
     if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}; download {IMAGES[name].checkpoint} to there.")
+        asked = name if name in IMAGES else f"{name}-{text[-1]}"
+        raise FileNotFoundError(
+            f"No checkpoint at {path}; get it by `python -m evsam_lib.fetch weights {asked}` "
+            "(EVSAM_WEIGHTS_ROOT names the folder)."
+        )
     return path
 
 

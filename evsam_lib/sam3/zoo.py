@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTEXTS",
+    "FINE_TUNED",
     "IMAGES",
+    "LITETEXT",
     "MODELS",
     "SCALES",
     "TEACHER",
@@ -28,7 +30,6 @@ __all__ = [
     "configuration",
 ]
 
-EFFICIENTSAM3_URL = "https://huggingface.co/Simon7108528/EfficientSAM3/resolve/main/stage1_all_converted"
 VOCABULARY = 49_408  # CLIP's byte pairs
 
 
@@ -49,11 +50,6 @@ class ImageRow:
     finer: int
     official: tuple[str, str]
     file_name: str
-
-    @property
-    def checkpoint(self) -> str:
-        """Address of the released weights."""
-        return f"{EFFICIENTSAM3_URL}/{self.file_name}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +124,14 @@ TEXTS: dict[str, TextRow] = {
     "ES-MC-S": TextRow("MobileCLIP-S0", 512, 8, 6, repmixer=True),
     "ES-MC-M": TextRow("MobileCLIP-S1", 512, 8, 12),
     "ES-MC-L": TextRow("MobileCLIP2-L", 768, 12, 12),
+}
+# Other released files: students fine-tuned by clicks and boxes; SAM3's image tower with a student's text of 16 tokens.
+FINE_TUNED: dict[str, str] = {
+    name: IMAGES[name].file_name.replace(".pt", "_geo_ft.pt") for name in ("ES-EV-M", "ES-RV-M", "ES-TV-M")
+}
+LITETEXT: dict[str, str] = {
+    text: f"efficient_sam3_image_encoder_{size}_ctx16.pt"
+    for text, size in zip(TEXTS, ("mobileclip_s0", "mobileclip_s1", "mobileclip2_l"), strict=True)
 }
 TEACHER = "SAM3"
 MODELS: tuple[str, ...] = (TEACHER, "LiteText", *IMAGES)

@@ -16,6 +16,8 @@ _TITLES = {
     "sginw": "SGinW (Section 4.4)",
     "text": "Numbers in the text",
     "efficientsam3": "EfficientSAM3: sizes",
+    "efficientsam3_boxes": "EfficientSAM3: true boxes on COCO",
+    "efficientsam3_concepts": "SAM3 and EfficientSAM3: phrases on SA-Co Gold",
     "efficientsam3_texts": "EfficientSAM3: text students against SAM3's",
 }
 MINI = (
