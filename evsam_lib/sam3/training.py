@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.tokens import tokenize
+from evsam_lib.sam3.zoo import TEACHER
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, cosine, fit
 from evsam_lib.training.settings import Settings, option
 
 __all__ = [
     "ImageStage", "Record", "Stage", "Stage1", "TextStage", "adopt_heads", "distil_image", "distil_text", "fit_stage",
-    "image_loss", "teacher_maps", "text_loss", "training_frame", "trunk_cosine", "warm_cosine",
+    "image_loss", "teacher_maps", "text_cosine", "text_loss", "training_frame", "trunk_cosine", "warm_cosine",
 ]  # fmt: skip
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # mean, spread
@@ -231,6 +232,25 @@ def trunk_cosine(student, teacher, images: Sequence[np.ndarray]) -> float:
     frames = [pixels(image, student.config.image_size)[None].to(student.device) for image in images]
     maps = [[trunk(frame).last_hidden_state for trunk in trunks] for frame in frames]
     return float(np.mean([F.cosine_similarity(s, t, dim=-1).mean().item() for s, t in maps]))
+
+
+@torch.inference_mode()
+def text_cosine(student, teacher, phrases: Sequence[str]) -> float:
+    """Mean cosine of student's and teacher's features over the tokens of phrases; the protocol that is reported.
+
+    Raises:
+        ValueError: a phrase that is empty or too long for one of the two.
+    """
+    found = []
+    for model in (student, teacher):
+        detector = model.detector_model
+        context = detector.config.text_config.max_position_embeddings
+        ids, mask = (x.to(model.device) for x in tokenize(list(phrases), context))
+        attended = mask if model.config.study["text"] == TEACHER else None  # students see the filling
+        found.append(detector.get_text_features(ids, attention_mask=attended).pooler_output)
+    length = min(x.shape[1] for x in found)
+    along = F.cosine_similarity(*(x[:, :length] for x in found), dim=-1)
+    return along[tokenize(list(phrases), length)[1].bool().to(along.device)].mean().item()
 
 
 def distil_text(
