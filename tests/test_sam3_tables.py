@@ -141,6 +141,8 @@ class TestSeconds:
         assert len(passes) == 3  # the first warms up
         counted = np.sum([run["samples_s"] for run in result["runs"]], axis=0)
         np.testing.assert_allclose(counted, passes[1:])
+        processor = np.sum([run["cpu_samples_s"] for run in result["runs"]], axis=0)
+        np.testing.assert_allclose(processor, [run["cpu_s"] for run in result["passes"]][1:])
         assert min(min(run["samples_s"]) for run in result["runs"]) >= 0
         table = pd.read_csv(folder / "table.csv")
         parts = table[table["part"] != "whole"].groupby("step")["gmacs"].sum()
@@ -164,13 +166,14 @@ class TestSeconds:
     def test_marks_hold_their_own_time(self):
         watch = bench._Watch(gpu=False)
         clock = iter([0.0, 1.0, 2.0, 5.0, 9.0, 10.0])
-        watch._now = lambda: next(clock)
+        watch._now = lambda: np.array([t := next(clock), t / 2])
         with watch.step("image"):  # 0 to 10
             watch.enter("neck")  # 1 to 9
             watch.enter("head")  # 2 to 5
             watch.leave()
             watch.leave()
-        assert watch.seconds() == {("image", "rest"): 2.0, ("image", "neck"): 5.0, ("image", "head"): 3.0}
+        parts = {("image", "rest"): (2.0, 1.0), ("image", "neck"): (5.0, 2.5), ("image", "head"): (3.0, 1.5)}
+        assert watch.seconds() == parts
 
     @pytest.mark.parametrize(
         ("asked", "words"),

@@ -17,8 +17,8 @@ from .shapes import Draw, circle, fill, place
 from .textures import F, Noise, blur, hard, ramp, saw
 
 __all__ = [
-    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "concept_scene",
-    "item_mask", "paint_item", "vocabulary",
+    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "background",
+    "concept_scene", "item_mask", "paint_item", "vocabulary",
 ]  # fmt: skip
 
 VERSION = 1  # raised whenever the bytes of a scene change
@@ -32,7 +32,8 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "dotted")
 ANY = "thing"  # stands for every form
-RADII = (0.05, 0.3)  # of a thing, as a part of the image's short side
+RADII = (0.06, 0.3)  # of a thing, as a part of the image's short side
+LEAN = 0.1  # tangent of half the angle that a thing leans at most, about 11 degrees
 FINE = 0.09  # things of a smaller radius are plain: nobody could tell stripes from dots
 MIN_PIXELS = 12  # of a thing
 MIN_VISIBLE = 0.75  # part of a thing that later ones leave uncovered
@@ -148,7 +149,7 @@ def concept_scene(seed: int, index: int, *, size: tuple[int, int]) -> ConceptSce
     if min(height, width) < 64:
         raise ValueError(f"size (height, width) must be at least 64 on each side, got {height} x {width}")
     draw = Draw(seed, index)
-    rgb = _background(draw, height, width)
+    rgb = background(draw, height, width)
     items, labels = _arrange(draw, height, width)
     for item in items:
         paint_item(rgb, item)
@@ -200,7 +201,7 @@ def _texture(item: Item, top: int, left: int, h: int, w: int) -> np.ndarray:
     return np.zeros((h, w), F)
 
 
-def _background(draw: Draw, height: int, width: int) -> np.ndarray:
+def background(draw: Draw, height: int, width: int) -> np.ndarray:
     """(3, H, W) float32: muted, mottled, lit from one side."""
     grey, noise = draw(60.0, 165.0), Noise(draw, height, width)
     tint = np.array([draw(-18.0, 18.0) for _ in range(3)], F)[:, None, None] + F(grey)
@@ -246,7 +247,9 @@ def _placed(draw: Draw, looks: tuple[str, str, str], radius: float, height: int,
     light = draw(-14.0, 14.0)
     rgb = tuple(min(max(v + light + draw(-10.0, 10.0), 0.0), 255.0) for v in COLOURS[colour])
     x, y = draw(0.85 * radius, width - 0.85 * radius), draw(0.85 * radius, height - 0.85 * radius)
-    return Item(form, colour, texture, x, y, radius, draw.direction(), rgb, draw.integer(0, 1 << 30))
+    t = draw(-LEAN, LEAN)
+    turn = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    return Item(form, colour, texture, x, y, radius, turn, rgb, draw.integer(0, 1 << 30))
 
 
 def _pick(draw: Draw, among) -> str:

@@ -2,8 +2,8 @@
 
 SA-Co's annotations look like COCO's, but an entry of "images" is a pair of an image and a phrase: `text_input` names
 the concept, `file_name` the image, and a pair without annotations is a negative, the concept is not there. Boxes and
-areas are parts of the image. Images of several pairs are read once and keep their phrases together, which is what makes
-training on many phrases cheap. Notebook 19.
+areas are parts of the image. Images of several pairs are read once and keep their phrases together, which is what
+makes training on many phrases cheap. Notebook 19.
 """
 
 import json
@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .concepts import concept_scene
+from .concepts import ConceptScene, concept_scene
 from .rle import encode_masks
 
-__all__ = ["ConceptImage", "ConceptPhrase", "GeneratedConcepts", "SacoImages", "write_saco"]
+__all__ = ["ConceptImage", "ConceptPhrase", "GeneratedConcepts", "SacoImages", "as_concepts", "write_saco"]
 
 FIRST_ID = 10_000_000  # SA-Co's ids are of this kind
 
@@ -66,12 +66,17 @@ class GeneratedConcepts:
         if not 0 <= index < self.count:
             raise IndexError(index)
         made = concept_scene(self.seed, self.first + index, size=(self.side, self.side))
-        masks = made.masks
-        phrases = (
-            ConceptPhrase(16 * index + number, phrase.text, masks[list(phrase.instances)])
-            for number, phrase in enumerate(made.phrases)
-        )
-        return ConceptImage(index, made.image, tuple(phrases))
+        return as_concepts(made, index)
+
+
+def as_concepts(made: ConceptScene, image_id: int) -> ConceptImage:
+    """A generated scene as the files have it."""
+    masks = made.masks
+    phrases = (
+        ConceptPhrase(16 * image_id + number, phrase.text, masks[list(phrase.instances)])
+        for number, phrase in enumerate(made.phrases)
+    )
+    return ConceptImage(image_id, made.image, tuple(phrases))
 
 
 def write_saco(images: Iterable[ConceptImage], folder: str | Path, *, name: str = "gold_generated") -> Path:

@@ -13,7 +13,8 @@ import torch
 
 from evsam_lib.models.weights import SHIPPED, load_strictly, read_state_dict, save_weights, weights_root
 from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
-from evsam_lib.sam3.zoo import IMAGES, LITETEXT, SCALES, TEACHER, TEXTS, configuration
+from evsam_lib.sam3.ship import unpacked
+from evsam_lib.sam3.zoo import IMAGES, LITETEXT, SCALES, TEACHER, TEXTS, VOCABULARY, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,9 +44,9 @@ def load_sam3(
     Args:
         name: one of `MODELS`, such as "ES-EV-S".
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
-            of `save_sam3`, "mini" for the teacher that ships with this library (SAM3 at scale "mini"), or "official"
-            for the released weights: a file under `weights_root()`; where SAM3's is not there, facebook/sam3 on Hugging
-            Face, which asks for access.
+            of `save_sam3`, "official" for the released weights: a file under `weights_root()`; where SAM3's is not
+            there, facebook/sam3 on Hugging Face, which asks for access; or "mini" for the small SAM3 that ships with
+            this library, which is of scale "mini".
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
@@ -67,6 +68,7 @@ def load_sam3(
     """
     from transformers import Sam3VideoModel
 
+    scale = "mini" if weights == "mini" else scale
     config = configuration(
         name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
     )
@@ -74,7 +76,7 @@ def load_sam3(
         model = _from_hub("facebook/sam3", config)
     else:
         path = _weights_path(name, weights, config.study["text"])
-        state = None if path is None else read_state_dict(path)
+        state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
         model = Sam3VideoModel(config)
         model.report = _random_start(model) if state is None else _fill(model, state, path, without)
@@ -152,13 +154,14 @@ def _random_start(model) -> Report:
 def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:
     if weights is None:
         return None
-    if weights == "mini" and name != TEACHER:
-        raise ValueError(f"No weights ship for {name}; they ship for {TEACHER} at scale 'mini'.")
+    if weights == "mini":
+        if name != TEACHER:
+            raise ValueError(f"Only SAM3 ships with mini weights, not {name}; notebook 17 trains a student of it.")
+        return SHIPPED / "sam3-mini.safetensors"
     if weights != "official":
-        path = SHIPPED / "sam3-mini.safetensors" if weights == "mini" else Path(weights)
-        if not path.is_file():
+        if not Path(weights).is_file():
             raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
-        return path
+        return Path(weights)
     path = weights_root() / (
         SAM3_FILE if name == TEACHER else IMAGES[name].file_name if name in IMAGES else LITETEXT[text]
     )
