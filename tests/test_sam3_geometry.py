@@ -143,7 +143,7 @@ def test_click_loss_by_hand():
 
 def test_the_tracker_learns_clicks_and_nothing_else_moves(pair, scenes, tmp_path):
     model = copy.deepcopy(pair[1])
-    click_training.align_positions(model)
+    click_training.fresh_start(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     settings = click_training.ClickStage(steps=6, batch_size=2, lr=3e-3, prompts=3, multimask=0.5)
     log = click_training.train_clicks(model, scenes[:2], settings, out=tmp_path)

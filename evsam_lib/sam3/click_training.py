@@ -3,7 +3,7 @@
 SAM3 comes with these trained; the mini teacher that ships with this library was trained here, on generated concepts
 whose names play no part in it. As SAM was: a box or some points, three masks of which the best learns (focal and dice,
 20 to 1), the IoU of all predicted. From a random start that first learns that most pixels are background; a cross
-entropy in which object and background weigh the same leads past it and hands over within the first half.
+entropy in which object and background weigh the same leads past it and hands over early.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,11 @@ from evsam_lib.training.batches import STEP, generator_for
 from evsam_lib.training.settings import option
 
 __all__ = [
-    "PARTS", "ClickStage", "align_positions", "click_loss", "click_weights", "train_clicks",
+    "PARTS", "ClickStage", "click_loss", "click_weights", "fresh_start", "train_clicks",
 ]  # fmt: skip
 
 PARTS = ("tracker_neck.", "tracker_model.prompt_encoder.", "tracker_model.mask_decoder.")
+EVEN = 0.3  # share of the training within which the even cross entropy hands over
 CODE = "tracker_model.shared_image_embedding."  # the same numbers as the prompt encoder's, under a second name
 
 
@@ -75,13 +76,21 @@ def click_weights(model) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def align_positions(model) -> None:
-    """A kinder random start: cross attentions compare positions from the first step on, instead of learning to.
+def fresh_start(model) -> None:
+    """A kinder random start of what `train_clicks` trains, drawn from torch's global generator.
 
-    Queries and keys carry the same position code; with equal projections their product is large where places agree.
+    transformers draws every weight with a spread of 0.02, for models 1024 wide that are then given trained weights.
+    torch's own spread, which grows as layers get narrower, lets signals through, and embeddings are as large as the
+    code of positions that they are added to. And cross attentions compare positions from the first step on, instead of
+    learning to: queries and keys carry the same code; with equal projections their product is large where places agree.
     """
-    for name, attention in model.tracker_model.mask_decoder.transformer.named_modules():
-        if "token_to_image" in name.rpartition(".")[2] or "image_to_token" in name.rpartition(".")[2]:
+    tracker = model.tracker_model
+    for part in (model.tracker_neck, tracker.prompt_encoder, tracker.mask_decoder):
+        for module in part.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+                module.reset_parameters()
+    for name, attention in tracker.mask_decoder.transformer.named_modules():
+        if name.endswith(("token_to_image", "image_to_token")):
             attention.q_proj.weight.mul_(2)
             attention.k_proj.weight.copy_(attention.q_proj.weight)
 
@@ -101,12 +110,12 @@ def click_loss(logits: Tensor, iou: Tensor, present: Tensor, targets: Tensor, *,
     """
     found = losses.mask_loss(logits, targets, recipe="paper")
     actual, mask = losses.mask_iou(logits.detach(), targets), found.total
-    if done < 0.5:
+    if done < EVEN:
         truth = targets[:, None].expand_as(logits)
         entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         sides = [(entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in (truth, 1 - truth)]
         even = (sides[0] + sides[1] + losses.dice_loss(logits.flatten(2), truth.flatten(2))).mean()
-        mask = 2 * done * mask + (1 - 2 * done) * even
+        mask = (done * mask + (EVEN - done) * even) / EVEN
     error = losses.iou_loss(iou, actual)
     there = F.binary_cross_entropy_with_logits(present, torch.ones_like(present))
     best = actual.gather(1, found.best[:, None]).mean()
