@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evsam_lib.sam3.tokens import tokenize
 
-__all__ = ["Found", "detect", "encode_coarsely", "phrase_features"]
+__all__ = ["Found", "detect", "encode_coarsely", "mixed", "phrase_features"]
 
 
 @dataclass
@@ -99,13 +99,8 @@ def detect(
     Returns:
         Answers of all layers.
     """
-    detector = model.detector_model
-    maps, codes = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[:-1]
-    coarse, code = maps[-1][image_of], codes[-1].expand(len(maps[-1]), -1, -1, -1)[image_of]
-    if "geometry" not in model.report.absent:
-        shown = _geometry(detector, maps, codes, image_of, examples)
-        text, mask = torch.cat([text, shown[0]], 1), torch.cat([mask, shown[1]], 1)
-    encoded = detector.detr_encoder([coarse], text, [code], text_mask=mask)
+    detector, maps = model.detector_model, vision.fpn_hidden_states[:-1]
+    encoded, text, mask = mixed(model, vision, image_of, text, mask, examples=examples)
     decoded = detector.detr_decoder(
         vision_features=encoded.last_hidden_state,
         text_features=encoded.text_features,
@@ -125,6 +120,20 @@ def detect(
         masked=masked,
         cells=encoded.last_hidden_state,
     )
+
+
+def mixed(model, vision, image_of: Tensor, text: Tensor, mask: Tensor, *, examples: Tensor | None = None) -> tuple:
+    """Images and phrases mixed by the detector's encoder: its output, and features and mask of text and examples.
+
+    Arguments are those of `detect`.
+    """
+    detector = model.detector_model
+    maps, codes = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[:-1]
+    coarse, code = maps[-1][image_of], codes[-1].expand(len(maps[-1]), -1, -1, -1)[image_of]
+    if "geometry" not in model.report.absent:
+        shown = _geometry(detector, maps, codes, image_of, examples)
+        text, mask = torch.cat([text, shown[0]], 1), torch.cat([mask, shown[1]], 1)
+    return detector.detr_encoder([coarse], text, [code], text_mask=mask), text, mask
 
 
 def _geometry(detector, maps, codes, image_of: Tensor, examples: Tensor | None) -> tuple[Tensor, Tensor]:

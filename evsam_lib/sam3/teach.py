@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from evsam_lib.data.concepts import COLOURS, FORMS, TEXTURES, ConceptScene, Item, concept_scene
 from evsam_lib.data.saco import ConceptImage, as_concepts
 from evsam_lib.models.weights import read_state_dict, save_weights
-from evsam_lib.sam3.detect import detect, encode_coarsely, phrase_features
+from evsam_lib.sam3.detect import detect, encode_coarsely, mixed, phrase_features
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.losses import concept_losses
 from evsam_lib.sam3.stage3 import ConceptObjective, ConceptStage, concept_batches
@@ -43,7 +43,7 @@ FINE = 4  # parts of a cell's side in the extent that the trunk learns
 def main() -> None:
     """Runs one phase; see the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("phase", choices=("trunk", "detector"))
+    parser.add_argument("phase", choices=("trunk", "words", "detector"))
     parser.add_argument("--out", type=Path, required=True, help="folder of logs, checkpoints and NAME.safetensors")
     parser.add_argument("--start", type=Path, help="weights to start from; a random start without")
     parser.add_argument("--head", type=Path, help="the head that the phase before wrote beside its weights")
@@ -63,6 +63,7 @@ def main() -> None:
         smooth_patches(model)
         local_heads(model)
         spread_queries(model)
+        widen(model)
     head = cell_head(model)
     if options.head:
         head.load_state_dict(read_state_dict(options.head))
@@ -75,7 +76,8 @@ def main() -> None:
     else:
         settings = ConceptStage(**shared, train="detector", phrases=options.phrases, masked=options.masked)
         frozen = options.frozen_trunk
-        log = teach_detector(model, head, settings, out=out, first=options.first, frozen=frozen, resume=options.resume)
+        how = {"first": options.first, "frozen": frozen, "words": options.phase == "words", "resume": options.resume}
+        log = teach_detector(model, head, settings, out=out, **how)
     save_weights(model, options.out / f"{options.phase}.safetensors")
     save_weights(head, options.out / f"{options.phase}_head.safetensors")
     last = {name: round(float(value), 4) for name, value in log.tail(20).mean().items()}
@@ -90,6 +92,17 @@ def spread_queries(model) -> None:
     places = (torch.arange(len(points)) % side + 0.5) / side, (torch.arange(len(points)) // side + 0.5) / side
     boxes = torch.stack([*places, *[torch.full((len(points),), 0.25)] * 2], 1).clamp(0.02, 0.98)
     points.copy_(boxes.logit())
+
+
+@torch.no_grad()
+def widen(model) -> None:
+    """Everything between trunk and answers starts by Xavier's rule, as DETR does; transformers' start is smaller."""
+    for name, weight in model.detector_model.named_parameters():
+        inside = not name.startswith(("vision_encoder.backbone.", "text_encoder.")) and "embed." not in name
+        if inside and weight.ndim > 1 and not name.endswith(("reference_points.weight", "presence_token.weight")):
+            nn.init.xavier_uniform_(weight)
+    last = model.detector_model.detr_decoder.box_head.layer3
+    last.weight.mul_(0.1)  # boxes start at their references
 
 
 @torch.no_grad()
@@ -260,7 +273,7 @@ class _Taught:
 
 def teach_detector(
     model, head: nn.Module, settings: ConceptStage, *, out: Path, first: int = 0, frozen: bool = False,
-    resume: bool = False,
+    words: bool = False, resume: bool = False,
 ):  # fmt: skip
     """Trains everything but the tracker by stage 3's losses and both aids; returns the log.
 
@@ -271,6 +284,7 @@ def teach_detector(
         out: folder of logs and checkpoints.
         first: scene.
         frozen: the trunk stays as it is.
+        words: only neck, text and encoder learn, by the cells' aid alone.
         resume: go on from the last checkpoint in `out`.
     """
     side = model.config.image_size
@@ -287,7 +301,8 @@ def teach_detector(
         model.detector_model.vision_encoder.backbone.requires_grad_(False)
     record = {"stage": "teach detector", "frozen": frozen}
     batches = Batches(_Taught(side, first), make, collate)
-    return fit(_TeacherObjective(model, head, settings), batches, settings, out=out, record=record, resume=resume)
+    objective = _WordsObjective if words else _TeacherObjective
+    return fit(objective(model, head, settings), batches, settings, out=out, record=record, resume=resume)
 
 
 class _TeacherObjective(ConceptObjective):
@@ -327,6 +342,27 @@ class _TeacherObjective(ConceptObjective):
         losses |= {"loss": losses["loss"] + 4 * told["loss"] + 40 * covered}
         losses |= {"covered": covered.detach(), "form": told["form"], "right": right}
         return losses | {"weight": torch.tensor(float(len(asked.phrases)))}
+
+
+class _WordsObjective(_TeacherObjective):
+    """Text and image meet: how much of each cell a phrase covers, told by the detector's encoder alone."""
+
+    columns = ("loss", "covered", "there", "elsewhere")  # mean answer in covered cells, and in all others
+
+    def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
+        asked, model = batch[0], self.model["sam3"]
+        vision = encode_coarsely(model, asked.frames)
+        text, mask = phrase_features(model, asked.phrases)
+        cells = mixed(model, vision, asked.image_of, text, mask)[0].last_hidden_state
+        said = self.model["covered"](cells).squeeze(-1)
+        self.clock.mark("student")
+        wanted = F.avg_pool2d(asked.targets.masks.amax(1, keepdim=True), 4).flatten(1)
+        entropy = F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
+        inside = wanted > 0.3
+        share = said.sigmoid().detach()
+        told = {"covered": entropy.mean(), "there": share[inside].mean(), "elsewhere": share[~inside].mean()}
+        weight = 1 + 4 * wanted  # few cells are covered
+        return {"loss": (entropy * weight).mean(), **told, "weight": torch.tensor(float(len(asked.phrases)))}
 
 
 if __name__ == "__main__":
