@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from evsam_lib.data.concepts import concept_scene
+from evsam_lib.data.sa1b import Sa1bFolder
+from evsam_lib.data.write import write_sa1b
 from evsam_lib.sam3 import Sam3Processor, click_training, clicks, geometry, load_sam3, training
+from evsam_lib.sam3.scenes import GeneratedScenes, Pictures, Sa1bScenes
 
 SIDE = 112
 
@@ -155,3 +158,27 @@ def test_the_tracker_learns_clicks_and_nothing_else_moves(pair, scenes, tmp_path
     assert moved and moved <= set(trained)
     assert any(key.startswith("tracker_neck") for key in moved)
     assert any("mask_tokens" in key for key in moved)
+
+
+def test_scenes_are_made_or_read_when_asked_for(tmp_path):
+    made = GeneratedScenes(0, 3, (96, 128), first=2)
+    again = concept_scene(0, 3, size=(96, 128))
+    assert len(list(made)) == 3 and np.array_equal(made[1].masks, again.masks)
+    pictures = Pictures(made)
+    assert len(pictures) == 3 and np.array_equal(pictures[1], again.image)
+    with pytest.raises(IndexError, match="Scene 3 of 3"):
+        made[3]
+    folder = Sa1bFolder(write_sa1b(tmp_path / "sa1b", 3, seed=0, size=(96, 128)))
+    read = Sa1bScenes(folder, 1, 2, most=4)
+    assert np.array_equal(read[0].image, folder[1].image)
+    assert len(read) == 2 and read[0].masks.dtype == bool and 1 <= len(read[0].masks) <= 4
+    areas = folder[1].boxes_xywh[:, 2:].prod(1)
+    assert read[0].masks[0].sum() <= areas.max()
+
+
+def test_cosine_of_phrases(pair):
+    student, teacher = pair
+    assert training.text_cosine(teacher, teacher, ["red disc", "blue thing"]) == pytest.approx(1.0, abs=1e-5)
+    assert training.text_cosine(student, teacher, ["red disc"]) < 0.9
+    with pytest.raises(ValueError, match="this model has room for 16"):
+        training.text_cosine(student, teacher, ["very " * 20 + "long"])
