@@ -130,18 +130,20 @@ def test_iou_by_size_of_objects(pair, scenes):
 
 def test_click_loss_by_hand():
     logits = torch.tensor([[[[5.0, -5.0]], [[-5.0, 5.0]]]])  # of two masks the first is right
-    targets = torch.tensor([[[1.0, 0.0]]])
+    targets, others = torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1, 2)
     iou, present = torch.tensor([[1.0, 0.5]]), torch.zeros(1, 1)
-    late = click_training.click_loss(logits, iou, present, targets, done=0.9)
+    late = click_training.click_loss(logits, iou, present, targets, others, done=0.9)
     assert late["iou"] == 1.0 and late["iou_error"] == pytest.approx(0.125)
-    wrong = click_training.click_loss(-logits[:, :1], iou[:, :1], present, targets, done=0.9)
+    wrong = click_training.click_loss(-logits[:, :1], iou[:, :1], present, targets, others, done=0.9)
     assert wrong["mask"] > late["mask"] + 1 and wrong["iou"] == 0.0
     assert late["loss"] == pytest.approx(late["mask"].item() + 0.125 + 0.1 * math.log(2), abs=1e-6)
-    early = click_training.click_loss(logits, iou, present, targets, done=0.0)  # every mask counts, both sides alike
+    early = click_training.click_loss(logits, iou, present, targets, others, done=0.0)  # every mask counts, parts alike
     entropy = (math.log1p(math.exp(-5)) + math.log1p(math.exp(5))) / 2  # mean of the right and the wrong mask
     right, p = torch.tensor(5.0).sigmoid().item(), 3.0
     dice = 1 - ((2 * right + 1) / p + (2 * (1 - right) + 1) / p) / 2
     assert early["mask"] == pytest.approx(2 * entropy + dice, rel=1e-5)
+    beside = click_training.click_loss(logits, iou, present, targets, 1 - targets, done=0.0)  # another object there
+    assert beside["mask"] == pytest.approx(3 * entropy + dice, rel=1e-5)
 
 
 def test_the_tracker_learns_clicks_and_nothing_else_moves(pair, scenes, tmp_path):

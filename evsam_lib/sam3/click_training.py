@@ -2,8 +2,9 @@
 
 SAM3 comes with these trained; the mini teacher that ships with this library was trained here, on generated concepts
 whose names play no part in it. As SAM was: a box or some points, three masks of which the best learns (focal and dice,
-20 to 1), the IoU of all predicted. From a random start that first learns that most pixels are background; a cross
-entropy in which object and background weigh the same leads past it and hands over early.
+20 to 1), the IoU of all predicted. From a random start that first learns that most pixels are background, then what an
+object is, and long disregards which one was asked for. A cross entropy in which the object, the rest and the image's
+other objects weigh the same leads past both, and hands over.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ __all__ = [
 ]  # fmt: skip
 
 PARTS = ("tracker_neck.", "tracker_model.prompt_encoder.", "tracker_model.mask_decoder.")
-EVEN = 0.3  # share of the training within which the even cross entropy hands over
+EVEN = 0.5  # share of the training within which the even cross entropy hands over
+SLOWER = 0.3  # frequencies of positions, of SAM's
 CODE = "tracker_model.shared_image_embedding."  # the same numbers as the prompt encoder's, under a second name
 
 
@@ -79,13 +81,18 @@ def click_weights(model) -> dict[str, Tensor]:
 def fresh_start(model) -> None:
     """A kinder random start of what `train_clicks` trains, drawn from torch's global generator.
 
-    transformers draws every weight with a spread of 0.02, for models 1024 wide that are then given trained weights.
-    torch's own spread, which grows as layers get narrower, lets signals through, and embeddings are as large as the
-    code of positions that they are added to. And cross attentions compare positions from the first step on, instead of
-    learning to: queries and keys carry the same code; with equal projections their product is large where places agree.
+    transformers draws every weight with a spread of 0.02, for models 1024 wide that are then given trained weights. In
+    the decoder torch's own spread, which grows as layers get narrower, lets signals through, and embeddings are as
+    large as the code of positions that they are added to. The neck keeps the small spread: it has no norm, and maps
+    much larger than that code would drown it, so that one mask answers every prompt. And cross attentions compare
+    positions from the first step on: queries and keys carry the same code; with equal projections their product is
+    large where places agree. The code itself is slowed: SAM's frequencies are made for 64 cells a side, and with 12
+    each cell would be a stranger to the next.
     """
     tracker = model.tracker_model
-    for part in (model.tracker_neck, tracker.prompt_encoder, tracker.mask_decoder):
+    for code in (tracker.shared_image_embedding, tracker.prompt_encoder.shared_embedding):
+        code.positional_embedding.mul_(SLOWER)
+    for part in (tracker.prompt_encoder, tracker.mask_decoder):
         for module in part.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
                 module.reset_parameters()
@@ -95,7 +102,9 @@ def fresh_start(model) -> None:
             attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
-def click_loss(logits: Tensor, iou: Tensor, present: Tensor, targets: Tensor, *, done: float) -> dict[str, Tensor]:
+def click_loss(
+    logits: Tensor, iou: Tensor, present: Tensor, targets: Tensor, others: Tensor, *, done: float
+) -> dict[str, Tensor]:
     """Mask, IoU and presence of prompts that all have an object.
 
     Args:
@@ -103,6 +112,7 @@ def click_loss(logits: Tensor, iou: Tensor, present: Tensor, targets: Tensor, *,
         iou: (N, K), predicted.
         present: (N, 1) logits.
         targets: (N, h, w) in [0, 1].
+        others: (N, h, w) in [0, 1], objects of the same image that were not asked for.
         done: share of the training that is over, 0 to 1.
 
     Returns:
@@ -113,8 +123,9 @@ def click_loss(logits: Tensor, iou: Tensor, present: Tensor, targets: Tensor, *,
     if done < EVEN:
         truth = targets[:, None].expand_as(logits)
         entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        sides = [(entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in (truth, 1 - truth)]
-        even = (sides[0] + sides[1] + losses.dice_loss(logits.flatten(2), truth.flatten(2))).mean()
+        parts = (truth, 1 - truth, others[:, None])
+        even = sum((entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in parts)
+        even = (even + losses.dice_loss(logits.flatten(2), truth.flatten(2))).mean()
         mask = (done * mask + (EVEN - done) * even) / EVEN
     error = losses.iou_loss(iou, actual)
     there = F.binary_cross_entropy_with_logits(present, torch.ones_like(present))
@@ -143,6 +154,7 @@ class _ClickObjective(Stage1):
         maps = click_maps(self.model, tokens)
         several = bool(draw < self.settings.multimask)
         answer = decode(self.model, maps, asked.coords, asked.labels, multimask=several)
-        flat = (x.flatten(0, 1).float() for x in (*answer, asked.targets))
+        others = asked.targets.amax(1, keepdim=True) - asked.targets
+        flat = (x.flatten(0, 1).float() for x in (*answer, asked.targets, others))
         found = click_loss(*flat, done=step / self.settings.steps)
         return found | {"weight": torch.tensor(float(len(tokens)), device=tokens.device)}
