@@ -1,5 +1,7 @@
 """The mini teacher's tracker half learns clicks and boxes: neck, prompt encoder and mask decoder behind a frozen trunk.
 
+    python -m evsam_lib.sam3.click_training --start TEACHER --out OUT --steps 1000
+
 SAM3 comes with these trained; the mini teacher that ships with this library was trained here, on generated concepts
 whose names play no part in it. As SAM was: a box or some points, three masks of which the best learns (focal and dice,
 20 to 1), the IoU of all predicted. From a random start that first learns that most pixels are background, then what an
@@ -7,6 +9,8 @@ object is, and long disregards which one was asked for. A cross entropy in which
 other objects weigh the same leads past both, and hands over.
 """
 
+import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +18,23 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
+from evsam_lib.sam3.load import load_sam3
+from evsam_lib.sam3.scenes import GeneratedScenes
 from evsam_lib.sam3.training import Record, Stage, Stage1, fit_stage, training_frame
 from evsam_lib.training import losses
 from evsam_lib.training.batches import STEP, generator_for
 from evsam_lib.training.settings import option
 
 __all__ = [
-    "PARTS", "ClickStage", "click_loss", "click_weights", "fresh_start", "train_clicks",
+    "PARTS", "ClickStage", "click_loss", "click_weights", "fresh_start", "main", "train_clicks",
 ]  # fmt: skip
 
 PARTS = ("tracker_neck.", "tracker_model.prompt_encoder.", "tracker_model.mask_decoder.")
+SEED, FIRST, SCENES = 2028, 5_000_000, 1_000_000  # of the shipped teacher's training; nobody sees a scene twice
 EVEN = 0.5  # share of the training within which the even cross entropy hands over
 SLOWER = 0.3  # frequencies of positions, of SAM's
 CODE = "tracker_model.shared_image_embedding."  # the same numbers as the prompt encoder's, under a second name
@@ -38,10 +46,32 @@ class ClickStage(Stage):
 
     weight_decay: float = option(0.05, "of weights")
     clip_norm: float = option(1.0, "largest norm of the gradient")
-    prompts: int = option(6, "objects asked for in an image")
+    prompts: int = option(8, "objects asked for in an image")
     max_points: int = option(3, "points on an object are 1 to so many; half of the images get boxes instead")
     box_jitter: float = option(0.05, "spread of a box's corners, as a part of its sides")
     multimask: float = option(0.6, "share of the steps that train the three masks; the others train the single one")
+
+
+def main() -> None:
+    """Trains the tracker of a teacher and writes OUT/tracker.safetensors, a part for `evsam_lib.sam3.ship`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True, help="a SAM3 of scale mini, whose trunk stays")
+    parser.add_argument("--out", type=Path, required=True, help="folder of log, checkpoints and tracker.safetensors")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=4, help="images a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(SEED)
+    model = load_sam3("SAM3", options.start, scale="mini")
+    fresh_start(model)
+    how = {"steps": options.steps, "batch_size": options.batch, "lr": options.lr, "warmup_steps": 30}
+    settings = ClickStage(**how, seed=SEED, checkpoint_every=100, keep=1)
+    scenes = GeneratedScenes(SEED, SCENES, (model.config.image_size,) * 2, first=FIRST)
+    log = train_clicks(model, scenes, settings, out=options.out, resume=options.resume)
+    part = {key: value.contiguous().clone() for key, value in click_weights(model).items()}
+    save_file(part, options.out / "tracker.safetensors")
+    print(json.dumps({name: round(float(log[name].tail(20).mean()), 4) for name in _ClickObjective.columns}, indent=2))
 
 
 def train_clicks(
@@ -158,3 +188,7 @@ class _ClickObjective(Stage1):
         flat = (x.flatten(0, 1).float() for x in (*answer, asked.targets, others))
         found = click_loss(*flat, done=step / self.settings.steps)
         return found | {"weight": torch.tensor(float(len(tokens)), device=tokens.device)}
+
+
+if __name__ == "__main__":
+    main()
