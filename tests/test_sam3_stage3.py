@@ -133,10 +133,12 @@ def test_losses_of_perfect_and_of_hopeless_answers(toy):
     logits, presence = torch.tensor([[9.0, -9.0, 9.0, -9.0], [9.0] * 4]), torch.tensor([9.0, -9.0])
     masks = torch.full((1, 4, 8, 8), -9.0)
     masks[0, 2, :4, :4], masks[0, 0, 4:, 4:] = 9.0, 9.0
-    found = Found(logits[None], boxes[None], presence[None], masks, torch.tensor([0]), torch.zeros(2, 1, 1))
+    found = Found(
+        logits[None], boxes[None], presence[None], masks, masks[:, :1], torch.tensor([0]), torch.zeros(2, 1, 1)
+    )
     good = concept_losses(found, targets, Weights())
     assert good["loss"] < 0.05 and good["box"] == 0 and good["giou"] == pytest.approx(0, abs=1e-6)
-    bad = Found(-logits[None], boxes[None].flip(3), -presence[None], -masks, found.masked, found.cells)
+    bad = Found(-logits[None], boxes[None].flip(3), -presence[None], -masks, -masks[:, :1], found.masked, found.cells)
     worse = concept_losses(bad, targets, Weights())
     assert all(worse[name] > good[name] for name in ("loss", "giou", "klass", "presence", "mask", "dice"))
     # The second phrase names nothing: its queries' confidence costs nothing, that is for its presence to say.
@@ -149,7 +151,7 @@ def test_a_batch_without_any_instance_has_a_loss(toy):
     targets.exists[:] = False
     found = Found(
         torch.zeros(1, 2, 4, requires_grad=True), boxes[None], torch.zeros(1, 2), torch.zeros(0, 4, 8, 8),
-        torch.zeros(0, dtype=torch.long), torch.zeros(2, 1, 1),
+        torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), torch.zeros(2, 1, 1),
     )  # fmt: skip
     losses = concept_losses(found, targets, Weights(presence=1.0))
     assert losses["loss"].item() == pytest.approx(np.log(2)) and losses["klass"] == 0
@@ -279,3 +281,13 @@ def test_a_packed_table_keeps_the_words_in_use():
     back |= unpacked(packed({"w": large}, ["disc"]), 9)
     assert (back["w"] - large).abs().max() < 0.02 and not torch.equal(back["w"], large)
     assert set(back) == {key, "n", "w"} and unpacked({key: table}, len(table))[key] is table
+
+
+def test_the_shipped_teacher_finds_concepts():
+    """Far from chance on scenes that nobody trained on; provenance.json has the figures on a hundred."""
+    teacher = load_sam3("SAM3", "mini")
+    assert teacher.config.study["scale"] == "mini"
+    found = score(answers(teacher, GeneratedConcepts(2027, 6, 168, first=1_000_000)))
+    assert found.mcc > 0.5 and found.pmf1 > 25
+    with pytest.raises(ValueError, match="Only SAM3 ships with mini weights, not ES-EV-S"):
+        load_sam3("ES-EV-S", "mini")

@@ -23,7 +23,7 @@ from evsam_lib.sam3.tokens import tokenize
 __all__ = ["join", "packed", "unpacked"]
 
 TABLE, ROWS = "token_embedding.weight", "token_embedding.rows"
-SCALE, LARGE = ".row_scale", 1 << 16  # numbers of a tensor from which on it is stored in 8 bits
+SCALE, LARGE = ".row_scale", 1 << 14  # numbers of a tensor from which on it is stored in 8 bits
 TRUNK = "vision_encoder.backbone."
 
 
