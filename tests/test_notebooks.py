@@ -60,6 +60,11 @@ class TestMini:
         assert ratio == pytest.approx(9.2, abs=0.05)
         assert table.value["efficientsam3", "SAM3", "vision encoder"] == pytest.approx(461.84, abs=0.005)
 
+    def test_a_fused_student_costs_no_more_than_the_official_one(self, results):
+        table = read_table(results / "17_efficientsam3_students").set_index(["table", "row", "column"]).value
+        fused, official = (table["costs", row, "trunk, GMACs"] for row in ("16 + 32", "32 (official)"))
+        assert official == pytest.approx(11.66, abs=0.005) and 0.9 * official < fused <= official
+
     def test_distillation_lowers_the_embedding_error(self, results):
         table = read_table(results / "04_distill_encoder").set_index(["row", "column"])
         assert table.value["distilled", "l2"] < table.value["random start", "l2"]
@@ -68,6 +73,7 @@ class TestMini:
         for name, files in {
             "04_distill_encoder": ("student", "random_start"),
             "05_train_end_to_end": ("student", "random_start"),
+            "17_efficientsam3_students": ("student",),
         }.items():
             assert all((results / name / f"{file}.safetensors").is_file() for file in files)
 

@@ -12,7 +12,12 @@ from evsam_lib.study.report import verdict_counts
 ROOT = Path(__file__).parents[1]
 # models x columns, as printed
 SIZES = {"table1": 9 * 4, "table2": 2 * 6, "table3": 2 * 8, "table4": 9 * 8, "table5": 2 * 8, "sginw": 2}
-SIZES |= {"efficientsam3": 13, "efficientsam3_boxes": 9 + 3 + 9, "efficientsam3_concepts": 8 + 2 + 3 * 3 + 1}
+SIZES |= {
+    "efficientsam3_texts": 3 * 2,
+    "efficientsam3": 13,
+    "efficientsam3_boxes": 9 + 3 + 9,
+    "efficientsam3_concepts": 8 + 2 + 3 * 3 + 1,
+}
 # notebooks that make printed numbers
 PLANNED = {"01", "06", "07", "08", "09", "10", "11", "12", "16", "17", "19"}
 
@@ -47,6 +52,7 @@ def test_every_cell_is_claimed_by_a_notebook():
         ("text", "EfficientViT-SAM-L2", "speed-up", 48.9),
         ("efficientsam3_boxes", "ES-TV-L", "COCO mIoU, SAM3.1 teacher", 69.67),
         ("efficientsam3_concepts", "LiteText ES-MC-S", "cgF1", 53.61),
+        ("efficientsam3_texts", "ES-MC-S", "token cosine", 0.8648),
     ],
 )
 def test_spot_values(table, row, column, value):

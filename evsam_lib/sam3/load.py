@@ -5,6 +5,7 @@ official loader places what fits and passes over the rest; the model's `report` 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def load_sam3(
     context: int | None = None,
     scale: str = "full",
     image_size: int | None = None,
+    taps: Sequence[int] = (32,),
+    head_width: int | None = None,
     without: tuple[str, ...] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -48,6 +51,8 @@ def load_sam3(
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
         image_size: side of the input, pixels; None is the scale's.
+        taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
+        head_width: channels within the student's head; None is the official width, that of SAM3's trunk.
         without: parts, "tracker" or "geometry", that the file may lack; they keep a random start, and prompts that
             would use them are refused.
         device: where the model lives.
@@ -64,7 +69,9 @@ def load_sam3(
     from transformers import Sam3VideoModel
 
     scale = "mini" if weights == "mini" else scale
-    config = configuration(name, text, context=context, scale=scale, image_size=image_size)
+    config = configuration(
+        name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
+    )
     without = (without,) if isinstance(without, str) else tuple(without)
     if unknown := [part for part in without if part not in OPTIONAL]:
         raise ValueError(f"Unknown part {unknown[0]!r} to do without; there are {', '.join(OPTIONAL)}.")
@@ -91,18 +98,29 @@ def contents(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
         state: names to tensors.
 
     Returns:
-        "image", "text" and "scale"; None where it cannot be told. LiteText's image encoder is SAM3's.
+        "image", "text", "scale", and of a student "taps" and "head"; None where it cannot be told. LiteText's image
+        encoder is SAM3's.
     """
-    image = trunk = None
+    image = trunk = taps = width = None
     if head := _first(state, r"(trunk\.(\w+\.)?model|vision_encoder\.backbone)\.head\.0\.weight$"):
         family = next((name for name, sign in _SIGNS.items() if _first(state, sign)), None)
-        rows = ((name, (row.official[0], row.width)) for name, row in IMAGES.items())
-        image = next((name for name, found in rows if found == (family, head[1].shape[1])), None)
-        trunk = head[1].shape[0]
+        taps, (width, channels) = _taps_of(state), head[1].shape[:2]
+        rows = ((n, (row.official[0], row.width if 32 in taps else row.finer)) for n, row in IMAGES.items())
+        image = next((name for name, found in rows if found == (family, channels)), None)
+        trunk = state[head[0].replace(".head.0.", ".head.3.")].shape[0]
     elif tower := _first(state, r"(trunk\.patch_embed\.proj|vision_encoder\..*patch_embeddings\.projection)\.weight$"):
         image, trunk = TEACHER, tower[1].shape[0]
     scale = next((name for name, scale in SCALES.items() if scale.trunk[0] == trunk), None)
-    return {"image": image, "text": _text_of(state, scale), "scale": scale}
+    student = {"taps": str(taps), "head": str(width)} if head else {"taps": None, "head": None}
+    return {"image": image, "text": _text_of(state, scale), "scale": scale} | student
+
+
+def _taps_of(state: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Files in the official naming have but the last stage's."""
+    if _first(state, r"backbone\.lateral\.0\.weight$"):
+        return (16, 32)
+    own = _first(state, r"backbone\.net\.stages_")
+    return (16,) if own and not _first(state, r"backbone\.net\.stages_3\.") else (32,)
 
 
 _SIGNS = {
@@ -165,7 +183,7 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     """Loads what a file holds, all of it or nothing."""
     study = model.config.study
     report = Report(str(path), renamed=len(state))
-    _check_contents(state, study, str(path))
+    _check_contents(state, model.config, str(path))
     own = model.state_dict()
     if is_official(state):
         row = IMAGES.get(study["name"])
@@ -188,18 +206,27 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     return report
 
 
-def _check_contents(state: dict[str, torch.Tensor], study: dict[str, str], source: str) -> None:
+def _check_contents(state: dict[str, torch.Tensor], config, source: str) -> None:
     """Whose weights these are is said in the users' words, before any name is compared."""
-    found = contents(state)
+    found, study, trunk = contents(state), config.study, config.detector_config.vision_config.backbone_config
     if found["image"] is None and found["text"] is None:
         first = next(iter(state), "nothing")
         raise ValueError(f"{source} holds no encoder of SAM3 or EfficientSAM3: its first name is {first!r}.")
     image = TEACHER if study["name"] == "LiteText" else study["name"]
     wanted = {"image": image, "text": study["text"], "scale": study["scale"]}
-    for part in ("image", "text", "scale"):
-        if found[part] not in (None, wanted[part]):
-            what = {"image": "image encoder", "text": "text encoder", "scale": "scale"}[part]
-            raise ValueError(f"{source} holds the {what} {found[part]}, the model asked for has {wanted[part]}.")
+    if study["name"] in IMAGES:
+        width = trunk.head_width or trunk.hidden_size
+        wanted |= {"taps": str(tuple(trunk.taps)), "head": str(width)}
+    names = {
+        "image": "image encoder",
+        "text": "text encoder",
+        "scale": "scale",
+        "taps": "taps",
+        "head": "head of width",
+    }
+    for part, value in wanted.items():
+        if found[part] not in (None, value):
+            raise ValueError(f"{source} holds the {names[part]} {found[part]}, the model asked for has {value}.")
 
 
 def _check_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:

@@ -8,6 +8,7 @@ that it runs on a CPU in seconds. Notebook 16 counts every row.
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,14 @@ class ImageRow:
     Attributes:
         backbone: its name in timm.
         width: channels of its last stage, by which a file is recognised.
+        finer: channels of the stage before, likewise.
         official: `backbone_type` and `model_name` of EfficientSAM3's builder.
         file_name: of the released stage 1 weights.
     """
 
     backbone: str
     width: int
+    finer: int
     official: tuple[str, str]
     file_name: str
 
@@ -99,21 +102,23 @@ class Scale:
     text_share: float = 1.0
 
 
-# Family, short name, then for S, M, L: the variant in EfficientSAM3's builder, the name in timm, the last channels.
+# Family, short name, then for S, M, L: the variant in EfficientSAM3's builder, the name in timm, the last channels and
+# those before.
 _FAMILIES = (
-    ("efficientvit", "EV", ("b0", "b1", "b2"), "efficientvit_{}", (128, 256, 384)),
-    ("repvit", "RV", ("m0.9", "m1.1", "m2.3"), "repvit_{}", (384, 512, 640)),
-    ("tinyvit", "TV", ("5m", "11m", "21m"), "tiny_vit_{}_224", (320, 448, 576)),
+    ("efficientvit", "EV", ("b0", "b1", "b2"), "efficientvit_{}", (128, 256, 384), (64, 128, 192)),
+    ("repvit", "RV", ("m0.9", "m1.1", "m2.3"), "repvit_{}", (384, 512, 640), (192, 256, 320)),
+    ("tinyvit", "TV", ("5m", "11m", "21m"), "tiny_vit_{}_224", (320, 448, 576), (160, 256, 384)),
 )
 IMAGES: dict[str, ImageRow] = {
     f"ES-{short}-{size}": ImageRow(
         timm.format(variant.replace(".", "_")),
         width,
+        finer,
         (family, variant),
         f"efficient_sam3_{family}_{size.lower()}.pt",
     )
-    for family, short, variants, timm, widths in _FAMILIES
-    for size, variant, width in zip("SML", variants, widths, strict=True)
+    for family, short, variants, timm, widths, before in _FAMILIES
+    for size, variant, width, finer in zip("SML", variants, widths, before, strict=True)
 }
 TEXTS: dict[str, TextRow] = {
     "ES-MC-S": TextRow("MobileCLIP-S0", 512, 8, 6, repmixer=True),
@@ -149,6 +154,8 @@ def configuration(
     context: int | None = None,
     scale: str = "full",
     image_size: int | None = None,
+    taps: Sequence[int] = (32,),
+    head_width: int | None = None,
 ) -> "Sam3VideoConfig":
     """transformers' configuration of a model; the detector's and the tracker's parts are inside.
 
@@ -159,16 +166,18 @@ def configuration(
         scale: "full" or "mini".
         image_size: side of the input in pixels, a multiple of 14, for SAM3's image tower of 14 times its window (336,
             mini 56); None is the scale's (1008, mini 168).
+        taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
+        head_width: channels within its head; None is the official width, that of SAM3's trunk.
 
     Raises:
-        ValueError: an unknown name, text or scale; a context or an image size that the model cannot have.
+        ValueError: an unknown name, text or scale; a context, an image size, taps or a head that the model cannot have.
     """
     from transformers import Sam3VideoConfig
 
     text = checked_text(name, text)
     scale = _chosen(scale, SCALES, "scale")
     size = SCALES[scale].image_size if image_size is None else image_size
-    vision = _vision(name, SCALES[scale], size)
+    vision = _vision(name, SCALES[scale], size, _taps(name, taps, head_width), head_width)
     detector = _detector(vision, text, _context(text, context), SCALES[scale])
     small: dict[str, Any] = {} if scale == "full" else {"fill_hole_area": 0}
     config = Sam3VideoConfig(
@@ -213,7 +222,19 @@ def _context(text: str, context: int | None) -> int:
     return CONTEXTS[0] if context is None else context
 
 
-def _vision(name: str, scale: Scale, size: int):
+def _taps(name: str, taps: Sequence[int], head_width: int | None) -> tuple[int, ...]:
+    from evsam_lib.sam3.trunk import TAPS
+
+    if tuple(taps) not in TAPS:
+        raise ValueError(f"taps must be one of {', '.join(map(str, TAPS))}, in pixels a cell; got {tuple(taps)}.")
+    if head_width is not None and head_width < 1:
+        raise ValueError(f"head_width must be at least 1 channel, got {head_width}.")
+    if name not in IMAGES and (tuple(taps) != TAPS[0] or head_width is not None):
+        raise ValueError(f"{name} keeps SAM3's image tower, which has no taps and no head; choose an ES- student.")
+    return tuple(taps)
+
+
+def _vision(name: str, scale: Scale, size: int, taps: tuple[int, ...], head_width: int | None):
     from transformers import Sam3VisionConfig, Sam3ViTConfig
 
     from evsam_lib.sam3.trunk import StudentTrunkConfig
@@ -223,7 +244,9 @@ def _vision(name: str, scale: Scale, size: int):
     if size < step or size % step:
         raise ValueError(f"{name} takes images whose side is a multiple of {step} pixels, not {size}.")
     if name in IMAGES:
-        trunk = StudentTrunkConfig(backbone=IMAGES[name].backbone, hidden_size=width, image_size=size)
+        trunk = StudentTrunkConfig(
+            backbone=IMAGES[name].backbone, hidden_size=width, image_size=size, taps=taps, head_width=head_width
+        )
     else:
         trunk = Sam3ViTConfig(
             hidden_size=width,

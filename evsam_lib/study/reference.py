@@ -40,6 +40,7 @@ _NEEDS = {
     "efficientsam3": "the models' definitions",
     "efficientsam3_boxes": "COCO val2017 and released weights",
     "efficientsam3_concepts": "SA-Co Gold and released weights, whose owners give access on request",
+    "efficientsam3_texts": "SA-Co VEval's noun phrases and released weights",
     "throughput": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "speed-up": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "table5": "COCO val2017, detector boxes and released weights",

@@ -25,6 +25,7 @@ _TITLES = {
     "efficientsam3": "EfficientSAM3: sizes",
     "efficientsam3_boxes": "EfficientSAM3: true boxes on COCO",
     "efficientsam3_concepts": "SAM3 and EfficientSAM3: phrases on SA-Co Gold",
+    "efficientsam3_texts": "EfficientSAM3: text students against SAM3's",
 }
 MINI = (
     "**Profile `mini`: small models on generated data. These numbers show that the study runs; none of them is a "
