@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-__all__ = ["Draw", "Part", "Thing", "blob", "fill", "make_thing", "place"]
+__all__ = ["Draw", "Part", "Thing", "blob", "circle", "fill", "make_thing", "place"]
 
 
 class Draw:
@@ -88,7 +88,7 @@ def fill(contours: list[np.ndarray], height: int, width: int) -> np.ndarray:
 
 
 @cache
-def _circle(points: int = 48) -> np.ndarray:
+def circle(points: int = 48) -> np.ndarray:
     """(points, 2) rational points of the unit circle, in order of angle; points divides by four."""
     t = np.arange(points // 4) / (points // 4)
     x, y = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
@@ -98,7 +98,7 @@ def _circle(points: int = 48) -> np.ndarray:
 @cache
 def _harmonics(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """cos(k a), sin(k a) of the circle's points for k = 1..count, by repeated rotation."""
-    c, s = _circle()[:, 0], _circle()[:, 1]
+    c, s = circle()[:, 0], circle()[:, 1]
     found = [(c, s)]
     for _ in range(count - 1):
         ck, sk = found[-1]
@@ -117,7 +117,7 @@ def _turn(contour: np.ndarray, direction: tuple[float, float]) -> np.ndarray:
 
 
 def _ellipse(x: float = 0.0, y: float = 0.0, rx: float = 1.0, ry: float = 1.0) -> np.ndarray:
-    return _move(_circle(), x, y, rx, ry)
+    return _move(circle(), x, y, rx, ry)
 
 
 def _box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
@@ -125,25 +125,25 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
 
 
 def _squircle(x: float = 0.0, y: float = 0.0, rx: float = 1.0, ry: float = 1.0) -> np.ndarray:
-    circle = _circle()
-    return _move(np.sign(circle) * np.sqrt(np.abs(circle)), x, y, rx, ry)
+    points = circle()
+    return _move(np.sign(points) * np.sqrt(np.abs(points)), x, y, rx, ry)
 
 
 def blob(draw: Draw, rough: float, terms: int = 6) -> np.ndarray:
     """Smooth random outline (48, 2) within the unit circle: a Fourier radius whose k-th term falls as 1/k."""
-    radius = np.full(len(_circle()), 1.0)
+    radius = np.full(len(circle()), 1.0)
     for k, (c, s) in enumerate(_harmonics(terms), start=1):
         amount = rough / k
         radius = radius + draw(-amount, amount) * c + draw(-amount, amount) * s
     radius = np.maximum(radius, 0.2)
-    return _circle() * (radius / radius.max())[:, None]
+    return circle() * (radius / radius.max())[:, None]
 
 
 def _polygon(draw: Draw, corners: int, low: float) -> np.ndarray:
     """Star-shaped polygon: circle points at jittered steps, radii in low..1."""
     step = 48 / corners
     which = [int(k * step + draw(0, 0.6 * step)) % 48 for k in range(corners)]
-    return _circle()[which] * np.array([[draw(low, 1.0)] for _ in which])
+    return circle()[which] * np.array([[draw(low, 1.0)] for _ in which])
 
 
 def _smooth(contour: np.ndarray, rounds: int = 3) -> np.ndarray:
@@ -204,7 +204,7 @@ def _star(draw: Draw) -> Thing:
     count, inner = draw.integer(4, 8), draw(0.3, 0.6)
     which = [int(k * 48 / (2 * count)) for k in range(2 * count)]
     radii = np.array([[1.0 if k % 2 == 0 else inner] for k in range(2 * count)])
-    return Thing([Part([_circle()[which] * radii])], 34)
+    return Thing([Part([circle()[which] * radii])], 34)
 
 
 def _leaf(draw: Draw) -> Thing:
@@ -340,7 +340,7 @@ def _house(draw: Draw) -> Thing:
 
 def _flower(draw: Draw) -> Thing:
     count, size = draw.integer(5, 8), draw(0.25, 0.4)
-    spots = [_circle()[int(k * 48 / count)] * 0.6 for k in range(count)]
+    spots = [circle()[int(k * 48 / count)] * 0.6 for k in range(count)]
     petals = [Part([_ellipse(float(x), float(y), size, size)], nameable=False) for x, y in spots]
     return Thing([*petals, Part([_ellipse(rx=0.38, ry=0.38)], role=1)], 64)
 

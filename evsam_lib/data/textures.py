@@ -8,7 +8,7 @@ import numpy as np
 
 from .shapes import Draw
 
-__all__ = ["Noise", "blur", "colour", "pattern", "shade"]
+__all__ = ["Noise", "blur", "colour", "hard", "pattern", "ramp", "saw", "shade"]
 
 F = np.float32
 
@@ -93,7 +93,7 @@ def colour(draw: Draw, palette: list[np.ndarray] | None = None, *, near: np.ndar
     return np.array([min(max(v, 4.0), 251.0) for v in rgb], dtype=F)
 
 
-def _ramp(draw: Draw, h: int, w: int, period: float) -> np.ndarray:
+def ramp(draw: Draw, h: int, w: int, period: float) -> np.ndarray:
     """(h, w) float32 that rises by one every `period` pixels in a random direction."""
     c, s = draw.direction()
     x = np.arange(w, dtype=F) * F(c / period)
@@ -101,11 +101,13 @@ def _ramp(draw: Draw, h: int, w: int, period: float) -> np.ndarray:
     return x[None, :] + y[:, None] + F(draw(0, 8))
 
 
-def _saw(ramp: np.ndarray) -> np.ndarray:
-    return ramp - np.floor(ramp)
+def saw(values: np.ndarray) -> np.ndarray:
+    """What is left of each value above the integer below it."""
+    return values - np.floor(values)
 
 
-def _hard(values: np.ndarray, level: float) -> np.ndarray:
+def hard(values: np.ndarray, level: float) -> np.ndarray:
+    """1 where a value is above the level, else 0."""
     return (values > F(level)).astype(F)
 
 
@@ -132,28 +134,28 @@ def pattern(draw: Draw, noise: Noise, h: int, w: int, scale: float, *, plain: fl
     if kind <= 3:  # nearly flat, with slow mottling
         return pink * F(draw(0.05, 0.5))
     if kind == 4:
-        return np.clip(_ramp(draw, h, w, scale * draw(2.0, 4.0)) * F(0.5) - F(1.0), F(0), F(1))
+        return np.clip(ramp(draw, h, w, scale * draw(2.0, 4.0)) * F(0.5) - F(1.0), F(0), F(1))
     if kind <= 6:
-        wave = _saw(_ramp(draw, h, w, period) + pink * F(draw(0.0, 2.0) if kind == 6 else 0.0))
-        return _hard(wave, draw(0.3, 0.7))
+        wave = saw(ramp(draw, h, w, period) + pink * F(draw(0.0, 2.0) if kind == 6 else 0.0))
+        return hard(wave, draw(0.3, 0.7))
     if kind == 7:  # soft stripes, as on wood when the noise bends them
-        return np.abs(_saw(_ramp(draw, h, w, period) + pink * F(draw(0.0, 4.0))) * F(2) - F(1))
+        return np.abs(saw(ramp(draw, h, w, period) + pink * F(draw(0.0, 4.0))) * F(2) - F(1))
     if kind == 8:
         x = np.floor(np.arange(w, dtype=F) * F(1 / period))[None, :]
         y = np.floor(np.arange(h, dtype=F) * F(1 / period))[:, None]
-        return _saw((x + y) * F(0.5)) * F(2)
+        return saw((x + y) * F(0.5)) * F(2)
     if kind == 9:  # dots
-        x = _saw(np.arange(w, dtype=F) * F(1 / period)) - F(0.5)
-        y = _saw(np.arange(h, dtype=F) * F(1 / period)) - F(0.5)
+        x = saw(np.arange(w, dtype=F) * F(1 / period)) - F(0.5)
+        y = saw(np.arange(h, dtype=F) * F(1 / period)) - F(0.5)
         return ((x * x)[None, :] + (y * y)[:, None] < F(draw(0.03, 0.14))).astype(F)
     if kind == 10:  # bricks
         y = np.arange(h, dtype=F) * F(1 / period)
-        x = np.arange(w, dtype=F)[None, :] * F(0.5 / period) + (_saw(np.floor(y) * F(0.5)))[:, None]
-        return np.maximum(_hard(_saw(x), 0.9), _hard(_saw(y), 0.82)[:, None])
+        x = np.arange(w, dtype=F)[None, :] * F(0.5 / period) + (saw(np.floor(y) * F(0.5)))[:, None]
+        return np.maximum(hard(saw(x), 0.9), hard(saw(y), 0.82)[:, None])
     if kind == 11:
-        return _hard(pink, draw(0.4, 0.6))
+        return hard(pink, draw(0.4, 0.6))
     if kind == 12:
-        return _saw(pink * F(draw(2.0, 6.0)))
+        return saw(pink * F(draw(2.0, 6.0)))
     if kind == 13:
         return noise.window(noise.white, draw, h, w) * F(draw(0.3, 1.0))
     if kind == 14:
