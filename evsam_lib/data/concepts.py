@@ -17,7 +17,7 @@ from .shapes import Draw, circle, fill, place
 from .textures import F, Noise, blur, hard, ramp, saw
 
 __all__ = [
-    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "concept_scene",
+    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "background", "concept_scene",
     "item_mask", "paint_item", "vocabulary",
 ]  # fmt: skip
 
@@ -148,7 +148,7 @@ def concept_scene(seed: int, index: int, *, size: tuple[int, int]) -> ConceptSce
     if min(height, width) < 64:
         raise ValueError(f"size (height, width) must be at least 64 on each side, got {height} x {width}")
     draw = Draw(seed, index)
-    rgb = _background(draw, height, width)
+    rgb = background(draw, height, width)
     items, labels = _arrange(draw, height, width)
     for item in items:
         paint_item(rgb, item)
@@ -200,7 +200,7 @@ def _texture(item: Item, top: int, left: int, h: int, w: int) -> np.ndarray:
     return np.zeros((h, w), F)
 
 
-def _background(draw: Draw, height: int, width: int) -> np.ndarray:
+def background(draw: Draw, height: int, width: int) -> np.ndarray:
     """(3, H, W) float32: muted, mottled, lit from one side."""
     grey, noise = draw(60.0, 165.0), Noise(draw, height, width)
     tint = np.array([draw(-18.0, 18.0) for _ in range(3)], F)[:, None, None] + F(grey)

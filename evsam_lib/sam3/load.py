@@ -28,6 +28,9 @@ def load_sam3(
     context: int | None = None,
     scale: str = "full",
     image_size: int | None = None,
+    memory: str = "full",
+    tokens: int | None = None,
+    windows: int | None = None,
     without: tuple[str, ...] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -43,6 +46,9 @@ def load_sam3(
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
         image_size: side of the input, pixels; None is the scale's.
+        memory: of the tracker, a key of `evsam_lib.sam3.memory.MEMORIES`: "full", "perceiver" or "edgetam".
+        tokens: a compact memory's tokens a frame; None is its own number (64 for "perceiver").
+        windows: tokens of it that keep their place; None is its own number (0 for "perceiver").
         without: parts, "tracker" or "geometry", that the file may lack; they keep a random start, and prompts that
             would use them are refused.
         device: where the model lives.
@@ -58,8 +64,11 @@ def load_sam3(
     """
     from transformers import Sam3VideoModel
 
-    config = configuration(name, text, context=context, scale=scale, image_size=image_size)
+    remembers = {"memory": memory, "tokens": tokens, "windows": windows}
+    config = configuration(name, text, context=context, scale=scale, image_size=image_size, **remembers)
     if name == TEACHER and weights == "official":
+        if memory != "full":
+            raise ValueError(f"facebook/sam3 has the full memory, not {memory!r}, which has to be trained.")
         model = _from_hub("facebook/sam3", config)
     else:
         path = _weights_path(name, weights)
@@ -148,6 +157,7 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     report = Report(str(path), renamed=len(state))
     _check_contents(state, study, str(path))
     own = model.state_dict()
+    _check_memory(state, own, str(path))
     if is_official(state):
         row = IMAGES.get(study["name"])
         start = "detector_model.vision_encoder.backbone.net."
@@ -178,6 +188,19 @@ def _check_contents(state: dict[str, torch.Tensor], study: dict[str, str], sourc
         if found[part] not in (None, wanted[part]):
             what = {"image": "image encoder", "text": "text encoder", "scale": "scale"}[part]
             raise ValueError(f"{source} holds the {what} {found[part]}, the model asked for has {wanted[part]}.")
+
+
+def _check_memory(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:
+    """A compact memory's latents tell how many tokens it keeps."""
+    if not any("memory_attention" in key for key in state):
+        return  # no tracker at all, which is said elsewhere
+
+    def kept(names: dict[str, torch.Tensor]) -> str:
+        counts = [len(names.get(f"tracker_model.perceiver.latents_{n}d", ())) for n in (1, 2)]
+        return f"a compact memory (tokens={counts[0]}, windows={counts[1]})" if any(counts) else "the full memory"
+
+    if kept(state) != kept(own):
+        raise ValueError(f"{source} holds {kept(state)}, the model asked for has {kept(own)}.")
 
 
 def _check_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:
