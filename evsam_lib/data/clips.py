@@ -77,7 +77,7 @@ def clip(seed: int, index: int, *, size: tuple[int, int], frames: int = 8, objec
     pictures, labels = [], []
     for t in range(frames):
         at = t / (frames - 1)
-        top, left = (margin + int(round((at - 0.5) * way)) for way in pan)
+        top, left = (margin + round((at - 0.5) * way) for way in pan)
         rgb = np.ascontiguousarray(wall[:, top : top + height, left : left + width])
         items = [actor.at(at) for actor in cast]
         label = np.zeros((height, width), np.int16)
@@ -155,7 +155,7 @@ def _actor(draw: Draw, cast: list[_Actor], height: int, width: int) -> _Actor:
     ways = draw(0.2, 0.8) * width, draw(0.2, 0.8) * height
     middle = draw(0.4, 0.6) * width, draw(0.4, 0.6) * height
     side, along = draw.integer(0, 3), draw(0.2, 0.8)
-    reach = 1.3 * radius
+    reach = 1.6 * radius  # enough for what has grown, with all its corners
     outside = ((-reach, along * height), (width + reach, along * height), (along * width, -reach))
     outside = (*outside, (along * width, height + reach))[side]
     far = width - x, height - y  # opposite of the start

@@ -17,8 +17,8 @@ from .shapes import Draw, circle, fill, place
 from .textures import F, Noise, blur, hard, ramp, saw
 
 __all__ = [
-    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "background", "concept_scene",
-    "item_mask", "paint_item", "vocabulary",
+    "COLOURS", "FORMS", "TEXTURES", "VERSION", "ConceptScene", "Instance", "Item", "Phrase", "background",
+    "concept_scene", "item_mask", "paint_item", "vocabulary",
 ]  # fmt: skip
 
 VERSION = 1  # raised whenever the bytes of a scene change

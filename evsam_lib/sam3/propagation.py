@@ -139,7 +139,10 @@ class Tracks:
         tracker, count = self.tracker, len(features)
         if prompt is not None:
             prompt = _resized(prompt, tracker.prompt_encoder.mask_input_size)
-        nowhere = features.new_zeros(count, 1, 1, 2), -torch.ones(count, 1, 1, dtype=torch.int32, device=features.device)
+        nowhere = (
+            features.new_zeros(count, 1, 1, 2),
+            -torch.ones(count, 1, 1, dtype=torch.int32, device=features.device),
+        )
         sparse, dense = tracker.prompt_encoder(*nowhere, None, prompt)
         masks, ious, tokens, score = tracker.mask_decoder(
             image_embeddings=features,

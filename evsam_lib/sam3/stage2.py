@@ -1,0 +1,268 @@
+"""Stage 2 of EfficientSAM3: a memory learns to carry masks through clips, from another memory and from the truth.
+
+The official branch trains its perceiver on true masks alone. Here the full memory is a teacher too: on every frame both
+memories are made of the same masks (those the student drew, or the true ones), and the student's features after the
+attention to its memory should be the teacher's. With `features_weight=0` the loss is the official one; without a
+teacher it is how the full memory itself is trained. Trunk and neck are frozen and run once, before (`ClipSet`).
+
+Through time, gradients go as `propagation` says: from a frame's loss to the memories of all earlier frames, and no
+further. Dropout is off. Notebook 18 explains it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evsam_lib.sam3.processor import pixels
+from evsam_lib.sam3.propagation import Seen, Tracks, VideoMaps, first_masks, video_maps
+from evsam_lib.sam3.training import Stage, warm_cosine
+from evsam_lib.training.batches import Batches, generator_for
+from evsam_lib.training.loop import Objective, fit
+from evsam_lib.training.losses import iou_loss, mask_iou, mask_loss
+from evsam_lib.training.settings import option
+
+__all__ = ["MEMORY", "ClipSet", "MemoryStage", "adopt_memory", "conditioned_loss", "train_memory"]
+
+# What stage 2 trains: names in `Sam3VideoModel`. The decoder and its prompts are stage 1's.
+MEMORY = tuple(
+    f"tracker_model.{part}"
+    for part in (
+        "memory_attention.",
+        "memory_encoder.",
+        "perceiver.",
+        "memory_temporal_positional_encoding",
+        "no_object_pointer",
+        "mask_downsample.",
+        "object_pointer_proj.",
+        "temporal_positional_encoding_projection_layer.",
+        "occlusion_spatial_embedding_parameter",
+    )
+)
+DECODER = ("tracker_model.mask_decoder.",)
+DRAW = 3  # of a generator's key: windows and true masks of stage 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStage(Stage):
+    """Of a memory; `batch_size` counts clips. Weight decay is the official branch's, lr 1e-4 there."""
+
+    weight_decay: float = option(0.1, "of weights")
+    frames: int = option(5, "of a clip, the first one with its mask; 8 in the official code")
+    objects: int = option(2, "of a clip, at most; 1 in the official code")
+    features_weight: float = option(1.0, "of the distance to the teacher's features, see `conditioned_loss`")
+    masks_weight: float = option(1.0, "of the true masks' loss: 20 focal + dice, quality, being seen")
+    truth_share: float = option(0.5, "of remembered masks that are the true ones; 0 in the official code")
+    decoder: int = option(0, "1: the mask decoder learns too")
+
+    def __post_init__(self) -> None:
+        """Checks every value, see `Settings`."""
+        super().__post_init__()
+        if self.frames < 2 or self.objects < 1 or not 0 <= self.truth_share <= 1:
+            raise ValueError(
+                "frames must be at least 2, objects at least 1, truth_share 0 to 1, got "
+                f"{self.frames}, {self.objects} and {self.truth_share}"
+            )
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Clip number `image_id`: levels (T, C, h, w) float16 each, masks (N, T, S, S) bool."""
+
+    image_id: int
+    levels: list[Tensor]
+    masks: Tensor
+
+
+class ClipSet:
+    """Clips as the tracker gets them: what trunk and neck make of them, computed once and kept in half precision.
+
+    Args:
+        model: what `load_sam3` returns.
+        clips: with `frames` (T, H, W, 3) uint8 and `masks` (N, T, H, W) bool each, all of one T.
+
+    Attributes:
+        nbytes: of what is kept.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, clips: Sequence):
+        self.records: list[_Record] = []
+        side = model.config.image_size
+        for number, clip in enumerate(clips):
+            frames = torch.stack([pixels(frame, side) for frame in clip.frames])
+            maps = video_maps(model, frames[None].to(model.device))
+            self.position = maps.position
+            masks = torch.stack([first_masks(mask, side) for mask in clip.masks]).bool()
+            self.records.append(_Record(number, [level[0].half().cpu() for level in maps.levels], masks))
+        self.nbytes = sum(x.nbytes for record in self.records for x in (*record.levels, record.masks))
+
+
+def adopt_memory(student, teacher) -> list[str]:
+    """Copies all of the teacher that the student has in the same shape; returns what stays the student's own.
+
+    With the perceiver of EfficientSAM3 these are the perceiver and, at full scale, the narrower feed-forward layers.
+
+    Raises:
+        ValueError: the two differ in more than the memory.
+    """
+    own, theirs = student.state_dict(), teacher.state_dict()
+    alike = {key: value for key, value in theirs.items() if key in own and own[key].shape == value.shape}
+    rest = [key for key in own if key not in alike]
+    odd = [key for key in rest if not key.startswith(MEMORY)]
+    if odd:
+        raise ValueError(f"Student and teacher differ beyond the memory, in {len(odd)} tensors, first {odd[0]}.")
+    student.load_state_dict(alike, strict=False)
+    return rest
+
+
+def conditioned_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """How far features after the attention to memories are from the teacher's.
+
+    Args:
+        student: (N, C, h, w).
+        teacher: (N, C, h, w).
+
+    Returns:
+        () squared error in units of the teacher's mean square, and () mean cosine over channels.
+    """
+    error = F.mse_loss(student, teacher) / teacher.square().mean()
+    return error, F.cosine_similarity(student, teacher, dim=1).mean()
+
+
+def train_memory(
+    model, clips: ClipSet, settings: MemoryStage, *, out: str | Path, teacher=None, resume: bool = False, measure=None
+) -> pd.DataFrame:
+    """Trains the memory of a model in place; everything else stays.
+
+    Args:
+        model: of `load_sam3`, with any memory.
+        clips: made with this model.
+        settings: how long, how fast, by which loss.
+        out: folder of logs and checkpoints.
+        teacher: of `load_sam3`, with the full memory and the same trunk and neck; None for the true masks alone.
+        resume: go on from the last checkpoint in `out`.
+        measure: model -> {"jf": number}, called every `held_out_every` steps.
+
+    Returns:
+        The log, see `training.loop.read_log`: step, loss, features (squared error), cosine, masks, lr and more.
+
+    Raises:
+        ValueError: no clip is long enough, nothing to learn from, or see `training.loop.fit`, as for other errors.
+    """
+    if teacher is None and not settings.masks_weight:
+        raise ValueError("Without a teacher the true masks are all there is to learn from; masks_weight must not be 0.")
+    records = [record for record in clips.records if record.masks.shape[1] >= settings.frames]
+    if not records:
+        raise ValueError(f"No clip has the {settings.frames} frames that `frames` asks for.")
+    settings = settings.complete(model="", images=len(records))
+    record = {"stage": type(settings).__name__, "images": len(records), "teacher": teacher is not None}
+    objective = _MemoryObjective(model, teacher, clips.position, settings)
+    batches = Batches(records, lambda one, generator: _window(one, settings, generator), _together)
+    ways = {"measure": measure, "measured": ("jf",)} if measure else {}
+    return fit(objective, batches, settings, out=out, record=record, resume=resume, **ways)
+
+
+def _window(record: _Record, settings: MemoryStage, generator: torch.Generator) -> tuple:
+    """Some frames of a clip, forwards or backwards, and some of the objects seen in the first of them."""
+    count = record.masks.shape[1]
+    draws = torch.rand(2 + count * len(record.masks), generator=generator)
+    order = torch.arange(count) if draws[0] < 0.5 else torch.arange(count).flip(0)
+    starts = count - settings.frames + 1
+    for shift in range(starts):
+        first = (int(draws[1] * starts) + shift) % starts
+        times = order[first : first + settings.frames]
+        seen = record.masks[:, times[0]].flatten(1).any(1).nonzero()[:, 0]
+        if len(seen):
+            break
+    chosen = seen[draws[2 : 2 + len(seen)].argsort()[: settings.objects]]
+    levels = [level[times].float() for level in record.levels]
+    return torch.tensor(record.image_id), levels, record.masks[chosen][:, times].float()
+
+
+def _together(samples: list[tuple]) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """Clip numbers (B,), levels (B, T, C, h, w) each, owners (N,), masks (N, T, S, S) of the N objects of all clips."""
+    numbers, levels, masks = zip(*samples, strict=True)
+    owners = torch.cat([torch.full((len(m),), i) for i, m in enumerate(masks)])
+    return torch.stack(numbers), [torch.stack(level) for level in zip(*levels, strict=True)], owners, torch.cat(masks)
+
+
+class _MemoryObjective(Objective):
+    columns = ("loss", "features", "cosine", "masks")
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, position: Tensor, settings: MemoryStage) -> None:
+        super().__init__(model)
+        self.settings, self.clip_norm, self.position = settings, settings.clip_norm, position
+        self.trained = MEMORY + (DECODER if settings.decoder else ())
+        self._teacher = (teacher,)  # in a tuple it is no part of this module
+
+    def train_mode(self) -> None:
+        self.model.eval()
+
+    def rate(self, step: int, steps: int) -> float:
+        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
+
+    def prepare(self, batch: tuple) -> tuple:
+        numbers, levels, owners, masks = batch
+        where = self.clock.device
+        return numbers, [level.to(where) for level in levels], owners.to(where), masks.to(where)
+
+    def image_ids(self, batch: tuple) -> list[int]:
+        return batch[0].tolist()
+
+    def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
+        _, levels, owners, masks = batch
+        maps, draws = VideoMaps(levels, self.position), generator_for(self.settings.seed, DRAW, step, part)
+        student = Tracks(self.model.tracker_model, maps, owners)
+        teacher = None if self._teacher[0] is None else Tracks(self._teacher[0].tracker_model, maps, owners)
+        student.start(masks[:, 0])
+        sums = masks.new_zeros(4)
+        with torch.no_grad():
+            if teacher:
+                teacher.start(masks[:, 0])
+        for t in range(1, masks.shape[1]):
+            seen, wanted = student.see(t), None
+            kept = _some_true(seen, masks[:, t], self.settings.truth_share, draws)
+            if teacher:
+                with torch.no_grad():
+                    wanted = teacher.see(t)
+                    teacher.remember(t, replace(wanted, high_res=kept.high_res, score=kept.score))
+            sums = sums + self._losses(seen, wanted, masks[:, t])
+            student.remember(t, kept)
+        self.clock.mark("student")
+        loss, features, along, drawn = sums / (masks.shape[1] - 1)
+        logged = {"features": features.detach(), "cosine": along.detach(), "masks": drawn.detach()}
+        return {"loss": loss, "weight": masks.new_tensor(float(len(masks))), **logged}
+
+    def _losses(self, seen: Seen, wanted: Seen | None, masks: Tensor) -> Tensor:
+        """(4,): the sum, then its parts, for one frame."""
+        error = along = drawn = masks.new_zeros(())
+        if wanted is not None:
+            error, along = conditioned_loss(seen.conditioned, wanted.conditioned)
+        if self.settings.masks_weight:
+            drawn = _true_masks_loss(seen, masks)
+        distance = (error + 1 - along) if wanted is not None else error
+        total = self.settings.features_weight * distance + self.settings.masks_weight * drawn
+        return torch.stack([total, error, along, drawn])
+
+
+def _true_masks_loss(seen: Seen, masks: Tensor) -> Tensor:
+    """20 focal + dice of the best of K masks and their predicted quality, where the object is seen; and being seen."""
+    there = masks.flatten(1).any(1)
+    targets = F.interpolate(masks[there][:, None], seen.logits.shape[-2:], mode="area")[:, 0]
+    logits = seen.logits[there]
+    score = F.binary_cross_entropy_with_logits(seen.score.flatten(), there.float())
+    quality = iou_loss(seen.ious[there], mask_iou(logits.detach(), targets))
+    return mask_loss(logits, targets, recipe="paper").total + quality + score
+
+
+def _some_true(seen: Seen, masks: Tensor, share: float, generator: torch.Generator) -> Seen:
+    """What is remembered: what was seen, or, for a share of the objects, the truth."""
+    true = torch.rand(len(masks), generator=generator).to(masks.device)[:, None, None, None] < share
+    there = masks.flatten(1).any(1)[:, None, None]
+    high = torch.where(true, masks[:, None] * 20 - 10, seen.high_res)
+    return replace(seen, high_res=high, score=torch.where(true[..., 0], there * 20.0 - 10, seen.score))
