@@ -133,7 +133,7 @@ SCALES: dict[str, Scale] = {
         1008, (1024, 4736, 32, 16, 24, (7, 15, 23, 31)), 256, 8, 6, 3, 200, 2048, (1024, 24, 16), 4
     ),  # transformers' defaults are SAM3's
     # width: transformers cuts an object's pointer into pieces of 64, and fails where there is but one
-    "mini": Scale(224, (64, 256, 4, 4, 8, (1, 3)), 128, 4, 2, 1, 10, 256, (64, 2, 4), 1, text_share=0.125),
+    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 3)), 128, 4, 2, 1, 16, 256, (64, 2, 4), 1, text_share=0.125),
 }
 PATCH = 14
 
@@ -157,7 +157,7 @@ def configuration(
         context: tokens of a phrase; None is 16, for SAM3's text 32, the only one it has.
         scale: "full" or "mini".
         image_size: side of the input in pixels, a multiple of 14, for SAM3's image tower of 14 times its window (336,
-            mini 112); None is the scale's (1008, mini 224).
+            mini 56); None is the scale's (1008, mini 168).
         memory: a key of `evsam_lib.sam3.memory.MEMORIES`: SAM3's own ("full") or a compact one.
         tokens: a compact memory's tokens a frame; None is the memory's own number.
         windows: tokens of it that keep their place; None is the memory's own number.

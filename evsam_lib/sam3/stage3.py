@@ -1,0 +1,215 @@
+"""Stage 3 of EfficientSAM3: concept segmentation end to end, on images with phrases, negatives included.
+
+The detector itself is trained, by matching and losses of `losses`, no longer against a teacher's features. What learns
+is a setting: the released models train trunk and neck and freeze text and heads, other choices are ablations. Several
+phrases share an image's features, so the trunk runs once for all of them. Notebook 19.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evsam_lib.data.saco import ConceptImage, ConceptPhrase
+from evsam_lib.sam3.detect import detect, phrase_features
+from evsam_lib.sam3.losses import Targets, Weights, concept_losses
+from evsam_lib.sam3.processor import pixels
+from evsam_lib.sam3.training import Stage, warm_cosine
+from evsam_lib.training.batches import Batches
+from evsam_lib.training.loop import Objective, fit
+from evsam_lib.training.settings import option
+
+__all__ = ["TRAINED", "ConceptBatch", "ConceptObjective", "ConceptStage", "concept_batches", "train_concepts"]
+
+TRUNK, NECK = "detector_model.vision_encoder.backbone.", "detector_model.vision_encoder.neck."
+TRAINED = {
+    "trunk+neck": (TRUNK, NECK),  # the released models'
+    "trunk": (TRUNK,),
+    "neck": (NECK,),
+    "presence": ("detector_model.detr_decoder.presence_",),
+    "detector": ("detector_model.",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptStage(Stage):
+    """Of stage 3. The weights of the losses are EfficientSAM3's, see `losses.Weights`."""
+
+    weight_decay: float = option(0.01, "of weights")
+    clip_norm: float = option(1.0, "largest norm of the gradient")
+    train: str = option("trunk+neck", "what learns", tuple(TRAINED))
+    phrases: int = option(6, "phrases asked on an image, half of them negative as far as there are such")
+    masked: int = option(2, "of an image's phrases that are also decoded to masks")
+    box_weight: float = option(5.0, "L1 of boxes")
+    giou_weight: float = option(2.0, "generalised IoU of boxes")
+    class_weight: float = option(20.0, "whether a query is an instance")
+    presence_weight: float = option(20.0, "whether there is any")
+    mask_weight: float = option(200.0, "focal loss of masks")
+    dice_weight: float = option(10.0, "dice loss of masks")
+    many_weight: float = option(2.0, "of one-to-many matching, at the layers before the last")
+
+    def weights(self) -> Weights:
+        """Of the parts of the loss."""
+        names = ("box", "giou", "class", "presence", "mask", "dice", "many")
+        return Weights(*(getattr(self, f"{name}_weight") for name in names))
+
+
+@dataclass
+class ConceptBatch:
+    """B images and P phrases on them.
+
+    Attributes:
+        places: (B,) of the images in their set.
+        frames: (B, 3, S, S) float.
+        image_of: (P,) int64.
+        phrases: P texts.
+        targets: of the phrases.
+        masked: (R,) int64, phrases to decode masks for.
+    """
+
+    places: Tensor
+    frames: Tensor
+    image_of: Tensor
+    phrases: list[str]
+    targets: Targets
+    masked: Tensor
+
+
+def train_concepts(
+    model,
+    images: Sequence[ConceptImage],
+    settings: ConceptStage,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    progress: Callable[[Iterable], Iterable] | None = None,
+) -> pd.DataFrame:
+    """Trains a model's detector in place.
+
+    Args:
+        model: of `load_sam3`.
+        images: with phrases, such as `GeneratedConcepts` or `SacoImages`.
+        settings: how long, how fast, what learns, by which weights.
+        out: folder of logs and checkpoints.
+        resume: go on from the last checkpoint in `out`.
+        progress: wraps the steps, for example `tqdm`.
+
+    Returns:
+        The log, see `training.loop.read_log`: step, loss, its parts, lr, seconds and more.
+
+    Raises:
+        ValueError: an empty or overlong phrase, or see `training.loop.fit`, as for other errors.
+    """
+    settings = settings.complete(model="", images=len(images))
+    batches = concept_batches(images, settings, side=model.config.image_size)
+    objective = ConceptObjective(model, settings)
+    record = {"stage": "ConceptStage", "images": len(images)}
+    return fit(objective, batches, settings, out=out, record=record, resume=resume, progress=progress)
+
+
+def concept_batches(images: Sequence[ConceptImage], settings: ConceptStage, *, side: int) -> Batches:
+    """Batches of images with some of their phrases.
+
+    Args:
+        images: where they come from.
+        settings: how many phrases, how many of those with masks.
+        side: of the model's input, pixels.
+    """
+
+    def make(record: ConceptImage, generator: torch.Generator) -> tuple:
+        chosen = _chosen(record.phrases, settings.phrases, generator)
+        targets = [_target(phrase, side) for phrase in chosen]
+        return record.image_id, pixels(record.image, side), chosen, targets
+
+    def collate(samples: list[tuple]) -> ConceptBatch:
+        return _collated(samples, settings.masked)
+
+    return Batches(images, make, collate)
+
+
+class ConceptObjective(Objective):
+    """A detector, its matching and its losses."""
+
+    columns = ("loss", "box", "giou", "klass", "presence", "mask", "dice")
+
+    def __init__(self, model, settings: ConceptStage) -> None:
+        super().__init__(model)
+        self.settings, self.clip_norm, self.trained = settings, settings.clip_norm, TRAINED[settings.train]
+
+    def train_mode(self) -> None:
+        """Dropout stays off; batch norms of the trunk are as `settings.batchnorm` has it."""
+        self.model.eval()
+        if TRUNK in self.trained or "detector_model." in self.trained:
+            self.model.detector_model.vision_encoder.backbone.train()
+
+    def rate(self, step: int, steps: int) -> float:
+        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
+
+    def image_ids(self, batch: ConceptBatch) -> list[int]:
+        return batch.places.tolist()
+
+    def prepare(self, batch: ConceptBatch) -> ConceptBatch:
+        device, targets = self.clock.device, batch.targets
+        moved = Targets(*(x.to(device) for x in (targets.boxes, targets.masks, targets.exists)))
+        image_of, masked = batch.image_of.to(device), batch.masked.to(device)
+        return ConceptBatch(batch.places, batch.frames.to(device), image_of, batch.phrases, moved, masked)
+
+    def forward(self, batch: ConceptBatch, step: int, part: int) -> dict[str, Tensor]:
+        vision = self.model.detector_model.vision_encoder(batch.frames)
+        text, mask = phrase_features(self.model, batch.phrases)
+        found = detect(self.model, vision, batch.image_of, text, mask, masked=batch.masked)
+        self.clock.mark("student")
+        losses = concept_losses(found, batch.targets, self.settings.weights())
+        return losses | {"weight": torch.tensor(float(len(batch.phrases)), device=text.device)}
+
+
+def _chosen(phrases: Sequence[ConceptPhrase], count: int, generator: torch.Generator) -> list[ConceptPhrase]:
+    """Half positive, half negative; where one kind is short, more of the other. Positive ones first."""
+    order = torch.randperm(len(phrases), generator=generator).tolist()
+    kinds = [[phrases[i] for i in order if bool(len(phrases[i].masks)) == kind] for kind in (True, False)]
+    positive = min(len(kinds[0]), max((count + 1) // 2, count - len(kinds[1])))
+    return kinds[0][:positive] + kinds[1][: count - positive]
+
+
+def _target(phrase: ConceptPhrase, side: int) -> tuple[Tensor, Tensor]:
+    """(M, 4) centre, width and height, and (M, 4h, 4w) coverage, of one phrase's instances."""
+    cells, count = 4 * (side // 14), len(phrase.masks)
+    if not count:
+        return torch.zeros(0, 4), torch.zeros(0, cells, cells)
+    masks = torch.from_numpy(phrase.masks)
+    coverage = F.interpolate(masks[:, None].float(), (cells, cells), mode="bilinear", antialias=True)[:, 0]
+    return mask_boxes(masks), coverage
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Tight boxes of (M, H, W) bool masks: (M, 4) centre, width and height, parts of the image."""
+    edges = []
+    for axis in (1, 2):
+        seen = masks.any(axis).float()  # over rows: columns, x
+        count = seen.shape[1]
+        edges.append((seen.argmax(1) / count, (count - seen.flip(1).argmax(1)) / count))
+    (x0, x1), (y0, y1) = edges
+    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)
+
+
+def _collated(samples: list[tuple], masked: int) -> ConceptBatch:
+    places, frames, chosen, targets = zip(*samples, strict=True)
+    phrases = [phrase.text for several in chosen for phrase in several]
+    image_of = torch.tensor([i for i, several in enumerate(chosen) for _ in several])
+    found = [target for several in targets for target in several]
+    most, side = max(1, *(len(boxes) for boxes, _ in found)), found[0][1].shape[-1]
+    boxes, masks = torch.zeros(len(found), most, 4), torch.zeros(len(found), most, side, side)
+    exists = torch.zeros(len(found), most, dtype=torch.bool)
+    for row, (b, m) in enumerate(found):
+        boxes[row, : len(b)], masks[row, : len(b)], exists[row, : len(b)] = b, m, True
+    starts = np.cumsum([0, *(len(several) for several in chosen[:-1])])
+    rows = [start + k for start, several in zip(starts, chosen, strict=True) for k in range(min(masked, len(several)))]
+    rows = torch.tensor([row for row in rows if exists[row].any()], dtype=torch.long)
+    return ConceptBatch(
+        torch.tensor(places), torch.stack(frames), image_of, phrases, Targets(boxes, masks, exists), rows
+    )
