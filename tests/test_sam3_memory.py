@@ -11,11 +11,12 @@ from PIL import Image
 from evsam_lib.data.clips import PLOTS, clip
 from evsam_lib.data.rle import encode_masks
 from evsam_lib.data.videos import read_videos, write_videos
-from evsam_lib.evaluate.video import boundary_f, mean_jf, region_j, score_video
+from evsam_lib.evaluate.video import boundary_f, fates, mean_jf, region_j, score_video
 from evsam_lib.sam3 import VideoPredictor, load_sam3, stage2
 from evsam_lib.sam3.load import save_sam3
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.propagation import Tracks, first_masks, follow, video_maps
+from evsam_lib.sam3.teach_memory import start_memory
 
 SIZE = (112, 112)
 COMPACT = {"memory": "perceiver", "tokens": 5, "windows": 16}
@@ -25,9 +26,12 @@ def make(**memory):
     """A small model with weights that let the tracker see something everywhere."""
     torch.manual_seed(0)
     model = load_sam3("SAM3", scale="mini", image_size=112, **memory)
-    for name, parameter in model.tracker_model.named_parameters():
-        if parameter.ndim < 2 or "positional" in name or "embed" in name:
+    start_memory(model)
+    for name, parameter in (*model.tracker_model.named_parameters(), *model.tracker_neck.named_parameters()):
+        if "positional" in name or "embed" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+        elif parameter.ndim > 1 and ("mask_decoder" in name or "fpn_layers" in name):
+            torch.nn.init.orthogonal_(parameter)
     model.tracker_model.mask_decoder.pred_obj_score_head.proj_out.bias.data.fill_(1.0)
     return model
 
@@ -63,16 +67,13 @@ def test_clips_hold_what_they_are_made_for():
     for one in made:
         assert one.masks[:, 0].any((1, 2)).all()  # everything is seen at first
         assert one.masks.sum(0).max() <= 1
-        assert ((one.hidden >= 0) & (one.hidden <= 1)).all()
-        assert (one.hidden[~one.masks.any((2, 3))] == 1).all()
-    hidden = {plot: [] for plot in PLOTS}
-    for one in made:
-        for plot, shares in zip(one.plots, one.hidden, strict=True):
-            hidden[plot].append(shares)
-    assert all(h[-1] == 1 for h in hidden["leave"]) and all(h[3:5].max() > 0.9 for h in hidden["return"])
-    assert np.mean([h[-1] < 0.5 for h in hidden["return"]]) > 0.8
+    lot = [(plot, fate) for one in made for plot, fate in zip(one.plots, fates(one.masks), strict=True)]
+    assert {plot for plot, _ in lot} == set(PLOTS)
+    assert all(fate[-1] == "gone" for plot, fate in lot if plot == "leave")
+    returned = ["back" in fate for plot, fate in lot if plot == "return"]
+    assert np.mean(returned) > 0.7
+    assert any("partly hidden" in fate for plot, fate in lot if plot == "cross")
     assert np.concatenate([c.twins for c in made]).mean() > 0.3
-    assert any(0.3 < h.max() < 1 for h in hidden["cross"])
 
 
 @pytest.mark.parametrize("bad", [{"seed": -1}, {"frames": 1}, {"objects": 0}, {"size": (32, 112)}])
@@ -153,6 +154,14 @@ def test_j_and_f_by_hand():
         score_video(left[None, None].repeat(2, 1), left[None, None].repeat(2, 1))
 
 
+def test_fates_by_hand():
+    areas = [4, 9, 4, 0, 0, 1, 8]
+    masks = np.zeros((1, len(areas), 3, 3), bool)
+    for mask, area in zip(masks[0], areas, strict=True):
+        mask.flat[:area] = True
+    assert fates(masks)[0].tolist() == ["partly hidden", "seen", "partly hidden", "gone", "gone", "back", "back"]
+
+
 # The memory
 
 
@@ -185,7 +194,7 @@ def test_memories_that_cannot_be(memory, words):
 @pytest.mark.parametrize("kind", ["full", "compact"])
 def test_many_objects_at_once_as_transformers_one_by_one(kind, request):
     model, one = request.getfixturevalue(kind), clip(0, 1, size=SIZE, frames=9)
-    tracker, count = model.tracker_model, len(one.masks)
+    tracker, count = model.tracker_model, len(one.masks)  # frame 8 reads a pointer of frame 1, and no longer its map
     frames = torch.stack([pixels(frame, 112) for frame in one.frames])
     with torch.no_grad():
         maps = video_maps(model, frames[None])
@@ -196,8 +205,8 @@ def test_many_objects_at_once_as_transformers_one_by_one(kind, request):
             if t:
                 seen = tracks.see(t)
                 tracks.remember(t, seen)
-                assert seen.low_res.std() > 1e-4
-            torch.testing.assert_close(seen.low_res, theirs[t].view_as(seen.low_res), rtol=1e-4, atol=1e-6)
+            spread = seen.low_res.std().item()
+            torch.testing.assert_close(seen.low_res, theirs[t].view_as(seen.low_res), rtol=0, atol=1e-4 * spread)
 
 
 def _session(tracker, frames, maps, masks):

@@ -35,14 +35,12 @@ class Clip:
     Attributes:
         frames: (T, H, W, 3) uint8 RGB.
         masks: (N, T, H, W) bool, visible parts, disjoint; every object is seen in the first frame.
-        hidden: (N, T) float32 in [0, 1], part of the object that is covered or outside the picture.
         plots: N of `PLOTS`.
         twins: (N,) bool, whether another object looks the same.
     """
 
     frames: np.ndarray
     masks: np.ndarray = dataclasses.field(repr=False)
-    hidden: np.ndarray = dataclasses.field(repr=False)
     plots: tuple[str, ...]
     twins: np.ndarray
 
@@ -92,7 +90,6 @@ def clip(seed: int, index: int, *, size: tuple[int, int], frames: int = 8, objec
     return Clip(
         frames=np.stack(pictures),
         masks=masks,
-        hidden=_hidden(cast, masks),
         plots=tuple(actor.plot for actor in cast),
         twins=np.array([looks.count(one) > 1 for one in looks]),
     )
@@ -166,21 +163,6 @@ def _actor(draw: Draw, cast: list[_Actor], height: int, width: int) -> _Actor:
         "leave": (((x + outside[0]) / 2, (y + outside[1]) / 2), outside),
     }[plot]
     return _Actor(item, plot, via, end, draw(-0.7, 0.7), draw(0.75, 1.35))
-
-
-def _hidden(cast: list[_Actor], masks: np.ndarray) -> np.ndarray:
-    """(N, T): one minus seen pixels by pixels of the whole object, which may lie partly outside."""
-    count = masks.shape[1]
-    found = np.zeros(masks.shape[:2], np.float32)
-    for n, actor in enumerate(cast):
-        for t in range(count):
-            item = actor.at(t / (count - 1))
-            side = 2 * int(1.3 * item.radius) + 4
-            shift = side // 2 - int(np.floor(item.x)), side // 2 - int(np.floor(item.y))  # the same part of a pixel
-            moved = dataclasses.replace(item, x=item.x + shift[0], y=item.y + shift[1])
-            whole = max(np.count_nonzero(item_mask(moved, side, side)), 1)
-            found[n, t] = max(1 - np.count_nonzero(masks[n, t]) / whole, 0)
-    return found
 
 
 def _pick(draw: Draw, among) -> str:

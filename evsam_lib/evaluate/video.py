@@ -10,8 +10,10 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import distance_transform_edt
 
-__all__ = ["boundary_f", "mean_jf", "region_j", "score_video"]
+__all__ = ["FATES", "boundary_f", "fates", "mean_jf", "region_j", "score_video"]
 
+FATES = ("seen", "partly hidden", "gone", "back")
+HALF = 0.5  # of its largest area: an object that shows less is partly hidden
 TOLERANCE = 0.008  # of the diagonal; davis2017-evaluation, metrics.py
 
 
@@ -42,7 +44,7 @@ def score_video(predicted: np.ndarray, true: np.ndarray, *, annotated: np.ndarra
         annotated: (T,) bool, frames with true masks; None for all. The first and the last of them do not count.
 
     Returns:
-        Columns object, frame, J, F in 0..1.
+        Columns object, frame, J, F in 0..1, and fate, one of `FATES`.
 
     Raises:
         ValueError: shapes differ, or there are fewer than three annotated frames.
@@ -52,12 +54,25 @@ def score_video(predicted: np.ndarray, true: np.ndarray, *, annotated: np.ndarra
     frames = np.arange(true.shape[1]) if annotated is None else np.flatnonzero(annotated)
     if len(frames) < 3:
         raise ValueError(f"J and F leave out the first and the last frame; {len(frames)} frames leave none to score.")
+    fate = fates(true[:, frames])
     rows = [
-        (n, t, region_j(predicted[n, t], true[n, t]), boundary_f(predicted[n, t], true[n, t]))
+        (n, t, region_j(predicted[n, t], true[n, t]), boundary_f(predicted[n, t], true[n, t]), fate[n, i])
         for n in range(len(true))
-        for t in frames[1:-1]
+        for i, t in enumerate(frames[1:-1], start=1)
     ]
-    return pd.DataFrame(rows, columns=["object", "frame", "J", "F"])
+    return pd.DataFrame(rows, columns=["object", "frame", "J", "F", "fate"])
+
+
+def fates(masks: np.ndarray) -> np.ndarray:
+    """What happens to objects, (N, T) of `FATES`, told from their masks (N, T, H, W) bool.
+
+    "gone" has no pixel, "back" is seen after it was gone, "partly hidden" shows less than half of its largest area.
+    """
+    areas = masks.sum((2, 3))
+    gone = areas == 0
+    was_gone = np.logical_or.accumulate(gone, axis=1)
+    partly = areas < HALF * areas.max(1, keepdims=True)
+    return np.select([gone, was_gone, partly], ["gone", "back", "partly hidden"], "seen")
 
 
 def mean_jf(scores: pd.DataFrame) -> dict[str, float]:

@@ -22,7 +22,9 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import N
 
 from evsam_lib.sam3.processor import enlarged, pixels
 
-__all__ = ["Seen", "Tracks", "VideoMaps", "checked_frames", "follow", "video_maps"]
+__all__ = ["LazyMaps", "Seen", "Tracks", "VideoMaps", "checked_frames", "first_masks", "follow", "video_maps"]
+
+MOST = 6  # frames in SAM3's memory besides those whose masks were given
 
 
 @dataclass
@@ -37,9 +39,40 @@ class VideoMaps:
     levels: list[Tensor]
     position: Tensor
 
+    def __len__(self) -> int:
+        """T."""
+        return self.levels[0].shape[1]
+
     def at(self, t: int, owners: Tensor) -> list[Tensor]:
         """The levels at a frame for objects of the clips `owners` (N,): (N, C, h, w) each."""
         return [level[owners, t] for level in self.levels]
+
+
+class LazyMaps:
+    """The same for one video of any length: a frame's maps are made when it is looked at, and the last are kept.
+
+    Args:
+        model: what `load_sam3` returns.
+        frames: (H, W, 3) uint8 RGB each.
+    """
+
+    def __init__(self, model, frames: Sequence[np.ndarray]):
+        self.model, self.frames, self._kept = model, frames, (-1, None)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def at(self, t: int, owners: Tensor) -> list[Tensor]:
+        """As of `VideoMaps`; all objects belong to this video."""
+        if self._kept[0] != t:
+            frame = pixels(self.frames[t], self.model.config.image_size).to(self.model.device, self.model.dtype)
+            self._kept = t, video_maps(self.model, frame[None, None])
+        return self._kept[1].at(0, owners)
+
+    @property
+    def position(self) -> Tensor:
+        """As of `VideoMaps`, once a frame was looked at."""
+        return self._kept[1].position
 
 
 @dataclass
@@ -87,12 +120,12 @@ class Tracks:
         tracker: `tracker_model` of what `load_sam3` returns.
         maps: of all clips.
         owners: (N,) int64, which clip an object belongs to.
-        remembers: frames in memory besides the first, at most 6; 0 leaves the first alone.
+        remembers: frames in memory besides the first, at most 6 (and then pointers of 15); 0 leaves the first alone.
     """
 
-    def __init__(self, tracker, maps: VideoMaps, owners: Tensor, *, remembers: int = 6):
+    def __init__(self, tracker, maps: "VideoMaps | LazyMaps", owners: Tensor, *, remembers: int = MOST):
         self.tracker, self.maps, self.owners, self.remembers = tracker, maps, owners, remembers
-        self.length = maps.levels[0].shape[1]
+        self.length = len(maps)
         self.given, self.tracked = {}, {}
         outputs = {0: {"cond_frame_outputs": self.given, "non_cond_frame_outputs": self.tracked}}
         # What the tracker reads of a session; the batch is its object number 0.
@@ -162,12 +195,15 @@ class Tracks:
 
     def remember(self, t: int, seen: Seen) -> None:
         """Keeps what was seen of frame t."""
-        last = self.maps.levels[-1][self.owners, t].flatten(2).permute(2, 0, 1)
+        last = self.maps.at(t, self.owners)[-1].flatten(2).permute(2, 0, 1)
         memory, places = self.tracker._encode_new_memory(last, seen.high_res.detach(), seen.score.detach(), t == 0)
         kept = {"maskmem_features": memory, "maskmem_pos_enc": places, "object_pointer": seen.pointer.detach()[:, 0]}
         (self.given if t == 0 else self.tracked)[t] = kept
         for old in [n for n in self.tracked if n <= t - self.remembers]:
-            self.tracked.pop(old)
+            if self.remembers < MOST or old <= t - self.tracker.config.max_object_pointers_in_encoder:
+                self.tracked.pop(old)
+            else:
+                self.tracked[old] = {"object_pointer": self.tracked[old]["object_pointer"]}
 
 
 def checked_frames(frames: Sequence[np.ndarray]) -> tuple[int, int]:
@@ -189,9 +225,7 @@ def checked_frames(frames: Sequence[np.ndarray]) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def follow(
-    model, frames: Sequence[np.ndarray], masks: np.ndarray, *, remembers: int = 6, maps: VideoMaps | None = None
-) -> np.ndarray:
+def follow(model, frames: Sequence[np.ndarray], masks: np.ndarray, *, remembers: int = MOST) -> np.ndarray:
     """Masks of objects through a whole video, from those of the first frame.
 
     Args:
@@ -199,7 +233,6 @@ def follow(
         frames: T times (H, W, 3) uint8 RGB, all of one size.
         masks: (N, H, W) bool, the objects in the first frame.
         remembers: frames in memory besides the first, at most 6; 0 leaves the first alone.
-        maps: of `video_maps` for these frames, if they are known.
 
     Returns:
         (N, T, H, W) bool; the first frame's are those given. Objects may overlap.
@@ -210,12 +243,9 @@ def follow(
     size = checked_frames(frames)
     if masks.ndim != 3 or not len(masks) or masks.shape[1:] != size:
         raise ValueError(f"Masks of the first frame must be (N, {size[0]}, {size[1]}), N > 0; got {masks.shape}.")
-    side = model.config.image_size
-    if maps is None:
-        maps = video_maps(model, torch.stack([pixels(frame, side) for frame in frames])[None].to(model.device))
     owners = torch.zeros(len(masks), dtype=torch.long, device=model.device)
-    tracks = Tracks(model.tracker_model, maps, owners, remembers=remembers)
-    tracks.start(first_masks(masks, side).to(model.device))
+    tracks = Tracks(model.tracker_model, LazyMaps(model, frames), owners, remembers=remembers)
+    tracks.start(first_masks(masks, model.config.image_size).to(model.device))
     found = [torch.from_numpy(masks)]
     for t in range(1, len(frames)):
         seen = tracks.see(t)

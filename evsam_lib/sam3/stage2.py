@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evsam_lib.evaluate.video import score_video
 from evsam_lib.sam3.processor import pixels
-from evsam_lib.sam3.propagation import Seen, Tracks, VideoMaps, first_masks, video_maps
+from evsam_lib.sam3.propagation import MOST, Seen, Tracks, VideoMaps, first_masks, follow, video_maps
 from evsam_lib.sam3.training import Stage, warm_cosine
 from evsam_lib.training.batches import Batches, generator_for
 from evsam_lib.training.loop import Objective, fit
 from evsam_lib.training.losses import iou_loss, mask_iou, mask_loss
 from evsam_lib.training.settings import option
 
-__all__ = ["MEMORY", "ClipSet", "MemoryStage", "adopt_memory", "conditioned_loss", "train_memory"]
+__all__ = ["MEMORY", "ClipSet", "MemoryStage", "adopt_memory", "conditioned_loss", "train_memory", "video_scores"]
 
 # What stage 2 trains: names in `Sam3VideoModel`. The decoder and its prompts are stage 1's.
 MEMORY = tuple(
@@ -165,6 +167,29 @@ def train_memory(
     batches = Batches(records, lambda one, generator: _window(one, settings, generator), _together)
     ways = {"measure": measure, "measured": ("jf",)} if measure else {}
     return fit(objective, batches, settings, out=out, record=record, resume=resume, **ways)
+
+
+def video_scores(model, videos: Sequence, *, remembers: int = MOST) -> pd.DataFrame:
+    """J and F of videos whose objects are followed from the frame in which each is first seen.
+
+    Args:
+        model: what `load_sam3` returns.
+        videos: with `frames` and `masks`, and `annotated` if not all frames are (`clip`'s, `read_videos`').
+        remembers: as in `follow`.
+
+    Returns:
+        Rows of `score_video`, with the number of the video in a column `video`.
+    """
+    rows = []
+    for number, one in enumerate(videos):
+        seen, found = one.masks.any((2, 3)), np.zeros_like(one.masks)
+        first = np.where(seen.any(1), seen.argmax(1), -1)
+        for start in sorted(set(first.tolist()) - {-1}):
+            here = np.flatnonzero(first == start)
+            found[here, start:] = follow(model, one.frames[start:], one.masks[here, start], remembers=remembers)
+        annotated = np.isin(np.arange(len(one.frames)), getattr(one, "annotated", np.arange(len(one.frames))))
+        rows.append(score_video(found, one.masks, annotated=annotated).assign(video=number))
+    return pd.concat(rows, ignore_index=True)
 
 
 def _window(record: _Record, settings: MemoryStage, generator: torch.Generator) -> tuple:

@@ -11,18 +11,16 @@ import argparse
 import json
 from pathlib import Path
 
-import pandas as pd
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evsam_lib.data.clips import Clip, clip
-from evsam_lib.evaluate.video import mean_jf, score_video
+from evsam_lib.data.clips import clip
+from evsam_lib.evaluate.video import mean_jf
 from evsam_lib.sam3.load import load_sam3
-from evsam_lib.sam3.propagation import follow
-from evsam_lib.sam3.stage2 import DECODER, MEMORY, ClipSet, MemoryStage, train_memory
+from evsam_lib.sam3.stage2 import DECODER, MEMORY, ClipSet, MemoryStage, train_memory, video_scores
 
-__all__ = ["clip_scores", "main", "start_memory"]
+__all__ = ["main", "start_memory"]
 
 SEED = 2028
 HELD_OUT = 10_000_000  # number of the first clip that training never sees
@@ -55,7 +53,7 @@ def main() -> None:
     log = train_memory(model, clips, settings, out=options.out / "memory", resume=options.resume)
     held_out = [clip(SEED, HELD_OUT + i, size=(side, side)) for i in range(24)]
     report = {name: str(value) for name, value in vars(options).items() if name != "out"}
-    report |= {"seed": SEED, "loss": float(log.loss.tail(50).mean()), **mean_jf(clip_scores(model, held_out))}
+    report |= {"seed": SEED, "loss": float(log.loss.tail(50).mean()), **mean_jf(video_scores(model, held_out))}
     trained = MEMORY + (DECODER if options.decoder else ())
     state = {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(trained)}
     save_file(state, options.out / "memory.safetensors")
@@ -71,22 +69,6 @@ def start_memory(model) -> None:
             module.reset_parameters()
     for layer in model.tracker_model.memory_encoder.memory_fuser.layers:
         nn.init.constant_(layer.scale, 0.1)  # instead of 0, which hides what mask and picture say together
-
-
-def clip_scores(model, clips: list[Clip], *, remembers: int = 6) -> pd.DataFrame:
-    """J and F of a model on generated clips, from the first frame's masks: `score_video`, with columns video, hidden.
-
-    Args:
-        model: what `load_sam3` returns.
-        clips: as `clip` makes them.
-        remembers: as in `follow`.
-    """
-    rows = []
-    for number, one in enumerate(clips):
-        found = follow(model, one.frames, one.masks[:, 0], remembers=remembers)
-        scores = score_video(found, one.masks)
-        rows.append(scores.assign(video=number, hidden=one.hidden[scores.object, scores.frame]))
-    return pd.concat(rows, ignore_index=True)
 
 
 if __name__ == "__main__":
