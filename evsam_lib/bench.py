@@ -39,7 +39,7 @@ from evsam_lib.study.provenance import ask, provenance
 from evsam_lib.study.tables import pipes
 from evsam_lib.timing import gemm_ceiling, take_turns, warm_up, window
 
-__all__ = ["TABLE_1", "Options", "bench_model", "main", "read", "table", "write_table"]
+__all__ = ["TABLE_1", "Options", "bench_model", "main", "read", "rounded", "surroundings", "table", "write_table"]
 
 TABLE_1 = {  # the paper's rows, in its order: our name of each
     "SAM-ViT-H": "sam-vit-h",
@@ -214,11 +214,21 @@ def _conditions(name: str, options: Options, ceilings: dict, started: datetime) 
         inputs=[],
     )
     costs = count_model(name)
-    return origin | {
-        "scope": "image encoder",
-        "parameters_of_model": int(costs.loc["whole", "parameters"]),
-        "macs": int(costs.loc["image_encoder", "macs"]),
-        "gemm_flops": ceilings,
+    return (
+        origin
+        | {
+            "scope": "image encoder",
+            "parameters_of_model": int(costs.loc["whole", "parameters"]),
+            "macs": int(costs.loc["image_encoder", "macs"]),
+            "gemm_flops": ceilings,
+        }
+        | surroundings()
+    )
+
+
+def surroundings() -> dict:
+    """What else decides over seconds: instructions in use, and variables that libraries listen to."""
+    return {
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "environment": {key: value for key, value in os.environ.items() if key.startswith(DECIDING)},
@@ -291,7 +301,7 @@ def write_table(folder: str | Path) -> pd.DataFrame:
     rows = table(results)
     write_text(folder / "table.csv", rows.to_csv(index=False))
     machines = sorted({_machine(result["conditions"]) for result in results})
-    write_text(folder / "table.md", "\n\n".join([*machines, pipes(_rounded(rows))]) + "\n")
+    write_text(folder / "table.md", "\n\n".join([*machines, pipes(rounded(rows))]) + "\n")
     return rows
 
 
@@ -301,7 +311,8 @@ def _machine(conditions: dict) -> str:
     return f"*Image encoder alone, {where}, torch {versions['torch']}, Python {versions['python']}.*"
 
 
-def _rounded(rows: pd.DataFrame) -> pd.DataFrame:
+def rounded(rows: pd.DataFrame) -> pd.DataFrame:
+    """A table to read: four significant digits, nothing where there is no value."""
     return rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) and pd.notna(value) else value).fillna("")
 
 
@@ -313,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         if given.table:
-            print(_rounded(write_table(given.table)).to_string(index=False))
+            print(rounded(write_table(given.table)).to_string(index=False))
             return 0
         return _run(given)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
@@ -337,7 +348,7 @@ def _run(given: argparse.Namespace) -> int:
             write_text(given.out / f"{name}.json", text)
         gc.collect()
     rows = write_table(given.out) if given.out else table(results)
-    print(_rounded(rows).to_string(index=False))
+    print(rounded(rows).to_string(index=False))
     return 1 if any(run["status"].startswith("failed") for result in results for run in result["runs"]) else 0
 
 

@@ -91,3 +91,37 @@ def test_nms_keeps_ties_in_order_and_measures_in_single_precision():
     assert compat._nms(large, torch.tensor([0.9, 0.8], dtype=torch.float16), 0.5).tolist() == [0, 1]
     assert compat._nms(large, torch.tensor([0.9, 0.8], dtype=torch.float16), 0.49).tolist() == [0]
     assert compat._nms(torch.zeros(1, 4), torch.ones(1), 0.5).tolist() == [0]  # a box without area is kept, not NaN
+
+
+class TestRoiAlign:
+    """Boxes are pooled as torchvision's own Python function pools them, which takes every sample of every cell."""
+
+    @pytest.mark.parametrize(("ratio", "aligned", "scale"), [(-1, False, 1.0), (-1, True, 0.5), (2, False, 0.5)])
+    @needs_torchvision
+    def test_against_torchvision(self, ratio, aligned, scale):
+        compat.ensure_torchvision()
+        spec = importlib.util.find_spec("torchvision.ops.roi_align")
+        module = importlib.util.module_from_spec(spec)  # a fresh one, with its own function
+        spec.loader.exec_module(module)
+        generator = torch.Generator().manual_seed(0)
+        maps = torch.randn(2, 3, 12, 10, dtype=torch.float64, generator=generator)
+        corners = torch.rand(9, 2, 2, generator=generator, dtype=torch.float64) * torch.tensor([10.0, 12])
+        boxes = torch.cat([corners.min(1).values, corners.max(1).values], 1)
+        boxes = torch.cat([boxes, torch.tensor([[3.0, 3, 3, 3], [0, 0, 10, 12]])])  # without area; all of the map
+        boxes = torch.cat([torch.arange(len(boxes))[:, None] % 2, boxes], 1)
+        rest = (boxes, scale, 4, 5, ratio, aligned)
+        torch.testing.assert_close(compat._roi_align(maps, *rest), module._roi_align.__wrapped__(maps, *rest))
+        assert compat._roi_align(maps, boxes[:0], *rest[1:]).shape == (0, 3, 4, 5)
+
+    def test_by_hand(self):
+        ramp = torch.arange(6.0).expand(1, 1, 4, 6)
+        boxes = torch.tensor([[0.0, 1, 1, 5, 3], [0, 20, 1, 30, 3]])
+        found = compat._roi_align(ramp, boxes, 1.0, 1, 2, -1, False)
+        assert found[0, 0, 0].tolist() == [2.0, 4.0]  # the middles of 1..3 and 3..5
+        assert not found[1].any()  # beyond the map is nothing
+
+    def test_a_gradient_flows_to_the_map(self):
+        maps = torch.zeros(1, 1, 5, 5, requires_grad=True)
+        compat._roi_align(maps, torch.tensor([[0.0, 1, 1, 3, 3]]), 1.0, 2, 2, -1, False).sum().backward()
+        assert maps.grad.sum().item() == pytest.approx(4)  # each of the four bins hands out weights of sum 1
+        assert not maps.grad[0, 0, 4].any()

@@ -32,7 +32,8 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "dotted")
 ANY = "thing"  # stands for every form
-RADII = (0.05, 0.3)  # of a thing, as a part of the image's short side
+RADII = (0.06, 0.3)  # of a thing, as a part of the image's short side
+LEAN = 0.1  # tangent of half the angle that a thing leans at most, about 11 degrees
 FINE = 0.09  # things of a smaller radius are plain: nobody could tell stripes from dots
 MIN_PIXELS = 12  # of a thing
 MIN_VISIBLE = 0.75  # part of a thing that later ones leave uncovered
@@ -246,7 +247,9 @@ def _placed(draw: Draw, looks: tuple[str, str, str], radius: float, height: int,
     light = draw(-14.0, 14.0)
     rgb = tuple(min(max(v + light + draw(-10.0, 10.0), 0.0), 255.0) for v in COLOURS[colour])
     x, y = draw(0.85 * radius, width - 0.85 * radius), draw(0.85 * radius, height - 0.85 * radius)
-    return Item(form, colour, texture, x, y, radius, draw.direction(), rgb, draw.integer(0, 1 << 30))
+    t = draw(-LEAN, LEAN)
+    turn = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    return Item(form, colour, texture, x, y, radius, turn, rgb, draw.integer(0, 1 << 30))
 
 
 def _pick(draw: Draw, among) -> str:

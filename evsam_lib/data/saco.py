@@ -1,9 +1,9 @@
 """Images with noun phrases: SA-Co Gold's files, written for generated concepts, read for training and evaluation.
 
-SA-Co's annotations look like COCO's, but an entry of "images" is a pair of an image and a phrase: `text_input` names the
-concept, `file_name` the image, and a pair without annotations is a negative, the concept is not there. Boxes and areas
-are parts of the image. Images of several pairs are read once and keep their phrases together, which is what makes
-training on many phrases cheap. Notebook 19.
+SA-Co's annotations look like COCO's, but an entry of "images" is a pair of an image and a phrase: `text_input` names
+the concept, `file_name` the image, and a pair without annotations is a negative, the concept is not there. Boxes and
+areas are parts of the image. Images of several pairs are read once and keep their phrases together, which is what
+makes training on many phrases cheap. Notebook 19.
 """
 
 import json

@@ -47,7 +47,12 @@ MEMORY = {
 
 
 def count_sam3(
-    name: str, text: str | None = None, *, context: int | None = None, image_size: int = 1008
+    name: str,
+    text: str | None = None,
+    *,
+    context: int | None = None,
+    image_size: int | None = None,
+    scale: str = "full",
 ) -> pd.DataFrame:
     """Costs of one model.
 
@@ -55,7 +60,8 @@ def count_sam3(
         name: one of `evsam_lib.sam3.zoo.MODELS`.
         text: its text encoder, as in `load_sam3`.
         context: tokens of the phrase, as in `load_sam3`.
-        image_size: side of the input, pixels.
+        image_size: side of the input, pixels; None is the scale's, 1008 for "full".
+        scale: "full" or "mini".
 
     Returns:
         Indexed by part: `PARTS`, then the sums `trunk` (backbone and head), `vision` (`IMAGE`), `phrase` (`PHRASE`) and
@@ -67,7 +73,7 @@ def count_sam3(
     """
     from transformers import Sam3VideoModel
 
-    config = configuration(name, text, context=context, image_size=image_size)
+    config = configuration(name, text, context=context, image_size=image_size, scale=scale)
     with torch.device("meta"):
         model = Sam3VideoModel(config).eval()
     ledger = Ledger()

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evsam_lib.data.concepts import COLOURS, FORMS, TEXTURES, ConceptScene, concept_scene
+from evsam_lib.data.concepts import COLOURS, FORMS, TEXTURES, ConceptScene, Item, concept_scene
 from evsam_lib.data.saco import GeneratedConcepts
-from evsam_lib.models.weights import read_state_dict, save_weights
+from evsam_lib.models.weights import save_weights
 from evsam_lib.sam3.detect import detect, phrase_features
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.losses import concept_losses
@@ -58,6 +58,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     model = load_sam3("SAM3", options.start, scale="mini")
     if options.start is None:
+        smooth_patches(model)
         spread_queries(model)
     shared = {"steps": options.steps, "batch_size": options.batch, "lr": options.lr, "seed": SEED, "keep": 1}
     shared |= {"warmup_steps": 30, "clip_norm": 1.0, "weight_decay": 0.02, "checkpoint_every": 100}
@@ -81,6 +82,22 @@ def spread_queries(model) -> None:
     places = (torch.arange(len(points)) % side + 0.5) / side, (torch.arange(len(points)) // side + 0.5) / side
     boxes = torch.stack([*places, *[torch.full((len(points),), 0.25)] * 2], 1).clamp(0.02, 0.98)
     points.copy_(boxes.logit())
+
+
+@torch.no_grad()
+def smooth_patches(model) -> None:
+    """The patch embedding starts from slow cosines in brightness and two colour differences, instead of from noise."""
+    kernel = (
+        model.detector_model.vision_encoder.backbone.embeddings.patch_embeddings.projection.weight
+    )  # (C, 3, 14, 14)
+    side, colours = kernel.shape[-1], torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0], [0.5, 0.5, -1.0]])
+    place = (torch.arange(side) + 0.5) / side
+    waves = sorted((u + v, u, v) for u in range(side) for v in range(side))
+    for k in range(len(kernel)):
+        _, u, v = waves[k // 3]
+        wave = torch.cos(torch.pi * u * place)[:, None] * torch.cos(torch.pi * v * place)[None]
+        filters = colours[k % 3][:, None, None] * wave
+        kernel[k] = filters * ((1 + u + v) ** 0.5 / filters.norm() / side)
 
 
 # ---- the trunk, cell by cell
@@ -121,14 +138,17 @@ def _cell_sample(record: _Scene, side: int) -> tuple[Tensor, ...]:
     part = part.unflatten(1, (cells, FINE)).unflatten(3, (cells, FINE)).permute(1, 3, 0, 2, 4)  # (h, w, N, 4, 4)
     part = part.reshape(cells * cells, len(masks), FINE * FINE)
     share, owner = part.mean(2).max(1)
-    looks = torch.tensor([[WORDS[k].index(getattr(i.item, name)) for k, name in enumerate(("form", "colour", "texture"))]
-                          for i in made.instances])  # fmt: skip
+    looks = torch.tensor([_looks(instance.item) for instance in made.instances])
     words = torch.where(share[:, None] > 0.12, looks[owner], -1)
     extent = part[torch.arange(len(owner)), owner] * (share > 0.12)[:, None]
     middle = (torch.arange(cells) + 0.5) / cells
     centre = torch.stack([middle.repeat(cells), middle.repeat_interleave(cells)], 1).repeat(1, 2)
     boxes = torch.tensor([_corners(mask) for mask in made.masks])[owner] - centre
     return torch.tensor(record.image_id), pixels(made.image, side), words, extent, boxes
+
+
+def _looks(item: Item) -> list[int]:
+    return [names.index(name) for names, name in zip(WORDS, (item.form, item.colour, item.texture), strict=True)]
 
 
 def _corners(mask: np.ndarray) -> list[float]:

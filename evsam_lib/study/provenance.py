@@ -18,6 +18,7 @@ _PACKAGES = [
     *("evsam", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "pillow", "matplotlib"),
     *("pycocotools", "faster-coco-eval", "papermill", "ipykernel"),
     *("onnx", "onnxruntime", "openvino", "tensorrt"),
+    *("transformers", "open_clip_torch"),
 ]
 
 
