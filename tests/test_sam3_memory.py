@@ -293,6 +293,17 @@ def test_a_compact_memory_learns_from_the_full_one(full, clips, tmp_path):
     assert any("perceiver" in name for name in changed) and any("memory_encoder" in name for name in changed)
 
 
+def test_maps_that_are_not_kept_are_made_in_every_step(full, clips, tmp_path):
+    settings = stage2.MemoryStage(steps=1, batch_size=2, lr=1e-3, frames=2)
+    state, losses = {k: v.clone() for k, v in full.state_dict().items()}, []
+    for kept in (True, False):
+        data = stage2.ClipSet(full, clips, kept=kept)
+        assert bool(data.nbytes) == kept
+        losses.append(stage2.train_memory(full, data, settings, out=tmp_path / str(kept)).loss[0])
+        full.load_state_dict(state)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # half precision
+
+
 def test_gradients_reach_earlier_memories_but_not_their_masks(compact, clips):
     frames = torch.stack([pixels(frame, 112) for frame in clips[0].frames])
     with torch.no_grad():

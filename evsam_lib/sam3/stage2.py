@@ -3,7 +3,8 @@
 The official branch trains its perceiver on true masks alone. Here the full memory is a teacher too: on every frame both
 memories are made of the same masks (those the student drew, or the true ones), and the student's features after the
 attention to its memory should be the teacher's. With `features_weight=0` the loss is the official one; without a
-teacher it is how the full memory itself is trained. Trunk and neck are frozen and run once, before (`ClipSet`).
+teacher it is how the full memory itself is trained. Trunk and neck are frozen; for a small set of clips they run once,
+before (`ClipSet`).
 
 Through time, gradients go as `propagation` says: from a frame's loss to the memories of all earlier frames, and no
 further. Dropout is off. Notebook 18 explains it.
@@ -12,6 +13,7 @@ further. Dropout is off. Notebook 18 explains it.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -73,35 +75,41 @@ class MemoryStage(Stage):
 
 @dataclass(frozen=True)
 class _Record:
-    """Clip number `image_id`: levels (T, C, h, w) float16 each, masks (N, T, S, S) bool."""
+    """Clip number `image_id`, its frames with masks, and levels (T, C, h, w) float16 of these, or None."""
 
     image_id: int
-    levels: list[Tensor]
-    masks: Tensor
+    clip: Any
+    times: list[int]
+    levels: list[Tensor] | None
 
 
 class ClipSet:
-    """Clips as the tracker gets them: what trunk and neck make of them, computed once and kept in half precision.
+    """Clips to learn from, and what trunk and neck make of them, computed once and kept in half precision.
+
+    At SAM3's scale a frame takes 10.6 MB, so a large set is not kept: trunk and neck then run in every step.
 
     Args:
         model: what `load_sam3` returns.
-        clips: with `frames` (T, H, W, 3) uint8 and `masks` (N, T, H, W) bool each, all of one T.
+        clips: with `frames` (T, H, W, 3) uint8 and `masks` (N, T, H, W) bool each, and `annotated` if only some
+            frames have masks.
+        kept: keep the maps.
 
     Attributes:
         nbytes: of what is kept.
     """
 
-    @torch.no_grad()
-    def __init__(self, model, clips: Sequence):
-        self.records: list[_Record] = []
-        side = model.config.image_size
+    def __init__(self, model, clips: Sequence, *, kept: bool = True):
+        self.records, self.side, self.nbytes = [], model.config.image_size, 0
         for number, clip in enumerate(clips):
-            frames = torch.stack([pixels(frame, side) for frame in clip.frames])
-            maps = video_maps(model, frames[None].to(model.device))
-            self.position = maps.position
-            masks = torch.stack([first_masks(mask, side) for mask in clip.masks]).bool()
-            self.records.append(_Record(number, [level[0].half().cpu() for level in maps.levels], masks))
-        self.nbytes = sum(x.nbytes for record in self.records for x in (*record.levels, record.masks))
+            times = list(getattr(clip, "annotated", range(len(clip.frames))))
+            levels = self._maps(model, clip, times) if kept else None
+            self.records.append(_Record(number, clip, times, levels))
+            self.nbytes += sum(level.nbytes for level in levels or ())
+
+    @torch.no_grad()
+    def _maps(self, model, clip, times: list[int]) -> list[Tensor]:
+        frames = torch.stack([pixels(clip.frames[t], self.side) for t in times])
+        return [level[0].half().cpu() for level in video_maps(model, frames[None].to(model.device)).levels]
 
 
 def adopt_memory(student, teacher) -> list[str]:
@@ -158,13 +166,13 @@ def train_memory(
     """
     if teacher is None and not settings.masks_weight:
         raise ValueError("Without a teacher the true masks are all there is to learn from; masks_weight must not be 0.")
-    records = [record for record in clips.records if record.masks.shape[1] >= settings.frames]
+    records = [record for record in clips.records if len(record.times) >= settings.frames]
     if not records:
         raise ValueError(f"No clip has the {settings.frames} frames that `frames` asks for.")
     settings = settings.complete(model="", images=len(records))
     record = {"stage": type(settings).__name__, "images": len(records), "teacher": teacher is not None}
-    objective = _MemoryObjective(model, teacher, clips.position, settings)
-    batches = Batches(records, lambda one, generator: _window(one, settings, generator), _together)
+    objective = _MemoryObjective(model, teacher, settings)
+    batches = Batches(records, lambda one, generator: _window(one, settings, clips.side, generator), _together)
     ways = {"measure": measure, "measured": ("jf",)} if measure else {}
     return fit(objective, batches, settings, out=out, record=record, resume=resume, **ways)
 
@@ -192,25 +200,31 @@ def video_scores(model, videos: Sequence, *, remembers: int = MOST) -> pd.DataFr
     return pd.concat(rows, ignore_index=True)
 
 
-def _window(record: _Record, settings: MemoryStage, generator: torch.Generator) -> tuple:
-    """Some frames of a clip, forwards or backwards, and some of the objects seen in the first of them."""
-    count = record.masks.shape[1]
-    draws = torch.rand(2 + count * len(record.masks), generator=generator)
+def _window(record: _Record, settings: MemoryStage, side: int, generator: torch.Generator) -> tuple:
+    """Some frames of a clip, forwards or backwards, and some of the objects seen in the first of them.
+
+    Returns the clip's number, its maps or, where they are not kept, its frames (T, 3, S, S), and masks (N, T, S, S).
+    """
+    count, masks = len(record.times), record.clip.masks[:, record.times]
+    draws = torch.rand(2 + len(masks), generator=generator)
     order = torch.arange(count) if draws[0] < 0.5 else torch.arange(count).flip(0)
     starts = count - settings.frames + 1
     for shift in range(starts):
         first = (int(draws[1] * starts) + shift) % starts
         times = order[first : first + settings.frames]
-        seen = record.masks[:, times[0]].flatten(1).any(1).nonzero()[:, 0]
+        seen = torch.from_numpy(masks[:, times[0]].any((1, 2))).nonzero()[:, 0]
         if len(seen):
             break
     chosen = seen[draws[2 : 2 + len(seen)].argsort()[: settings.objects]]
-    levels = [level[times].float() for level in record.levels]
-    return torch.tensor(record.image_id), levels, record.masks[chosen][:, times].float()
+    wanted = torch.stack([first_masks(masks[n, times], side) for n in chosen.tolist()])
+    if record.levels is None:
+        frames = [pixels(record.clip.frames[record.times[t]], side) for t in times.tolist()]
+        return torch.tensor(record.image_id), [torch.stack(frames)], wanted
+    return torch.tensor(record.image_id), [level[times].float() for level in record.levels], wanted
 
 
 def _together(samples: list[tuple]) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    """Clip numbers (B,), levels (B, T, C, h, w) each, owners (N,), masks (N, T, S, S) of the N objects of all clips."""
+    """Clip numbers (B,), maps or frames (B, T, ...) each, owners (N,), masks (N, T, S, S) of all clips' N objects."""
     numbers, levels, masks = zip(*samples, strict=True)
     owners = torch.cat([torch.full((len(m),), i) for i, m in enumerate(masks)])
     return torch.stack(numbers), [torch.stack(level) for level in zip(*levels, strict=True)], owners, torch.cat(masks)
@@ -219,9 +233,9 @@ def _together(samples: list[tuple]) -> tuple[Tensor, list[Tensor], Tensor, Tenso
 class _MemoryObjective(Objective):
     columns = ("loss", "features", "cosine", "masks")
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, position: Tensor, settings: MemoryStage) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, settings: MemoryStage) -> None:
         super().__init__(model)
-        self.settings, self.clip_norm, self.position = settings, settings.clip_norm, position
+        self.settings, self.clip_norm = settings, settings.clip_norm
         self.trained = MEMORY + (DECODER if settings.decoder else ())
         self._teacher = (teacher,)  # in a tuple it is no part of this module
 
@@ -234,14 +248,24 @@ class _MemoryObjective(Objective):
     def prepare(self, batch: tuple) -> tuple:
         numbers, levels, owners, masks = batch
         where = self.clock.device
-        return numbers, [level.to(where) for level in levels], owners.to(where), masks.to(where)
+        levels = [level.to(where) for level in levels]
+        with torch.no_grad():
+            maps = VideoMaps(levels, self._position(levels)) if len(levels) > 1 else video_maps(self.model, levels[0])
+        self.clock.mark("teacher")
+        return numbers, maps, owners.to(where), masks.to(where)
+
+    def _position(self, levels: list[Tensor]) -> Tensor:
+        """Code of the last level's cells (h * w, 1, C), as the neck makes it."""
+        last = levels[-1][:1, 0]
+        code = self.model.tracker_neck.position_encoding(last.shape, last.device, last.dtype)
+        return code.flatten(2).permute(2, 0, 1)
 
     def image_ids(self, batch: tuple) -> list[int]:
         return batch[0].tolist()
 
     def forward(self, batch: tuple, step: int, part: int) -> dict[str, Tensor]:
-        _, levels, owners, masks = batch
-        maps, draws = VideoMaps(levels, self.position), generator_for(self.settings.seed, DRAW, step, part)
+        _, maps, owners, masks = batch
+        draws = generator_for(self.settings.seed, DRAW, step, part)
         student = Tracks(self.model.tracker_model, maps, owners)
         teacher = None if self._teacher[0] is None else Tracks(self._teacher[0].tracker_model, maps, owners)
         student.start(masks[:, 0])
