@@ -15,7 +15,7 @@ from evsam_lib.evaluate.video import boundary_f, fates, mean_jf, region_j, score
 from evsam_lib.sam3 import VideoPredictor, load_sam3, stage2
 from evsam_lib.sam3.load import save_sam3
 from evsam_lib.sam3.processor import pixels
-from evsam_lib.sam3.propagation import Tracks, first_masks, follow, video_maps
+from evsam_lib.sam3.propagation import Seen, Tracks, first_masks, follow, video_maps
 from evsam_lib.sam3.teach_memory import start_memory
 
 SIZE = (112, 112)
@@ -277,6 +277,37 @@ def test_conditioned_loss_by_hand():
     student = torch.tensor([4.0, 3.0]).view(1, 2, 1, 1)
     error, cosine = stage2.conditioned_loss(student, teacher)
     assert error == pytest.approx(1 / 12.5) and cosine == pytest.approx(24 / 25)
+
+
+def test_true_masks_loss_by_hand():
+    """Two objects, one pixel of four is theirs; the second is gone."""
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :4, :4] = 1  # one of 2 x 2 cells
+    logits = torch.full((2, 1, 2, 2), -20.0)
+    logits[0, 0, 0, 0] = 20.0
+    right = torch.ones(2, 1), torch.tensor([20.0, -20.0]).view(2, 1, 1)
+
+    def loss(logits, score, **ways):
+        seen = Seen(None, logits, right[0], None, None, score, None)
+        return stage2.true_masks_loss(seen, masks, **ways).item()
+
+    assert loss(logits, right[1]) == pytest.approx(0, abs=1e-5)
+    assert loss(logits, -right[1]) == pytest.approx(20)  # sees what is gone, and not what is there
+    nothing, half = loss(logits * 0 - 20, right[1]), loss(logits * 0 - 20, right[1], even=0.5)
+    # focal: a quarter of the pixels by 20 nats and alpha 1/4, then weight 20; dice 1 - 1/2; IoU predicted 1, is 0
+    assert nothing == pytest.approx(20 * 20 * 0.25 * 0.25 + 0.5 + 1, rel=1e-4)
+    assert half == pytest.approx(0.5 * (25 + 0.5) + 0.5 * (20 + 0.5) + 1, rel=1e-4)
+
+
+def test_attention_to_memories_starts_near(full):
+    from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import rotate_pairwise
+
+    attention = full.tracker_model.memory_attention
+    cos, sin = (x[0] for x in attention.rotary_emb(torch.zeros(1), attention.position_ids))
+    bias = attention.layers[0].cross_attn_image.q_proj.bias
+    turned = bias * cos + rotate_pairwise(bias.expand_as(cos)) * sin  # (64, 128)
+    weight = (turned @ turned[0] / 128**0.5).softmax(0).view(8, 8)
+    assert weight.argmax() == 0 and weight[0, 3] < 0.2 * weight[0, 0]
 
 
 def test_a_compact_memory_learns_from_the_full_one(full, clips, tmp_path):

@@ -27,10 +27,19 @@ from evsam_lib.sam3.propagation import MOST, Seen, Tracks, VideoMaps, first_mask
 from evsam_lib.sam3.training import Stage, warm_cosine
 from evsam_lib.training.batches import Batches, generator_for
 from evsam_lib.training.loop import Objective, fit
-from evsam_lib.training.losses import iou_loss, mask_iou, mask_loss
+from evsam_lib.training.losses import dice_loss, iou_loss, mask_iou, mask_loss
 from evsam_lib.training.settings import option
 
-__all__ = ["MEMORY", "ClipSet", "MemoryStage", "adopt_memory", "conditioned_loss", "train_memory", "video_scores"]
+__all__ = [
+    "MEMORY",
+    "ClipSet",
+    "MemoryStage",
+    "adopt_memory",
+    "conditioned_loss",
+    "train_memory",
+    "true_masks_loss",
+    "video_scores",
+]
 
 # What stage 2 trains: names in `Sam3VideoModel`. The decoder and its prompts are stage 1's.
 MEMORY = tuple(
@@ -62,6 +71,7 @@ class MemoryStage(Stage):
     masks_weight: float = option(1.0, "of the true masks' loss: 20 focal + dice, quality, being seen")
     truth_share: float = option(0.5, "of remembered masks that are the true ones; 0 in the official code")
     decoder: int = option(0, "1: the mask decoder learns too")
+    even: float = option(0.0, "share of the steps that lead over from an even cross entropy, see `true_masks_loss`")
 
     def __post_init__(self) -> None:
         """Checks every value, see `Settings`."""
@@ -142,6 +152,35 @@ def conditioned_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     error = F.mse_loss(student, teacher) / teacher.square().mean()
     return error, F.cosine_similarity(student, teacher, dim=1).mean()
+
+
+def true_masks_loss(seen: Seen, masks: Tensor, *, even: float = 0.0) -> Tensor:
+    """Loss of a frame's answer: masks and their predicted quality where the object is seen, and whether it is seen.
+
+    From a random start, 20 focal + dice of the best of K masks first teaches that most pixels are background. A cross
+    entropy in which object and background weigh the same, with dice, for all K, leads past that.
+
+    Args:
+        seen: of `Tracks.see`.
+        masks: (N, S, S), 0 or 1.
+        even: weight of the even cross entropy, 0 to 1; focal and dice have the rest.
+
+    Returns:
+        ().
+    """
+    there = masks.flatten(1).any(1)
+    score = F.binary_cross_entropy_with_logits(seen.score.flatten(), there.float())
+    if not there.any():
+        return score
+    logits = seen.logits[there]  # (n, K, h, w)
+    targets = F.interpolate(masks[there][:, None], logits.shape[-2:], mode="area")[:, 0]
+    loss = (1 - even) * mask_loss(logits, targets, recipe="paper").total
+    if even:
+        truth = targets[:, None].expand_as(logits)
+        entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        sides = [(entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in (truth, 1 - truth)]
+        loss = loss + even * (sides[0] + sides[1] + dice_loss(logits.flatten(2), truth.flatten(2))).mean()
+    return loss + iou_loss(seen.ious[there], mask_iou(logits.detach(), targets)) + score
 
 
 def train_memory(
@@ -269,6 +308,8 @@ class _MemoryObjective(Objective):
         student = Tracks(self.model.tracker_model, maps, owners)
         teacher = None if self._teacher[0] is None else Tracks(self._teacher[0].tracker_model, maps, owners)
         student.start(masks[:, 0])
+        leading = self.settings.even * self.settings.steps
+        even = max(0.0, 1 - step / leading) if leading else 0.0
         sums = masks.new_zeros(4)
         with torch.no_grad():
             if teacher:
@@ -280,33 +321,23 @@ class _MemoryObjective(Objective):
                 with torch.no_grad():
                     wanted = teacher.see(t)
                     teacher.remember(t, replace(wanted, high_res=kept.high_res, score=kept.score))
-            sums = sums + self._losses(seen, wanted, masks[:, t])
+            sums = sums + self._losses(seen, wanted, masks[:, t], even)
             student.remember(t, kept)
         self.clock.mark("student")
         loss, features, along, drawn = sums / (masks.shape[1] - 1)
         logged = {"features": features.detach(), "cosine": along.detach(), "masks": drawn.detach()}
         return {"loss": loss, "weight": masks.new_tensor(float(len(masks))), **logged}
 
-    def _losses(self, seen: Seen, wanted: Seen | None, masks: Tensor) -> Tensor:
+    def _losses(self, seen: Seen, wanted: Seen | None, masks: Tensor, even: float) -> Tensor:
         """(4,): the sum, then its parts, for one frame."""
         error = along = drawn = masks.new_zeros(())
         if wanted is not None:
             error, along = conditioned_loss(seen.conditioned, wanted.conditioned)
         if self.settings.masks_weight:
-            drawn = _true_masks_loss(seen, masks)
+            drawn = true_masks_loss(seen, masks, even=even)
         distance = (error + 1 - along) if wanted is not None else error
         total = self.settings.features_weight * distance + self.settings.masks_weight * drawn
         return torch.stack([total, error, along, drawn])
-
-
-def _true_masks_loss(seen: Seen, masks: Tensor) -> Tensor:
-    """20 focal + dice of the best of K masks and their predicted quality, where the object is seen; and being seen."""
-    there = masks.flatten(1).any(1)
-    targets = F.interpolate(masks[there][:, None], seen.logits.shape[-2:], mode="area")[:, 0]
-    logits = seen.logits[there]
-    score = F.binary_cross_entropy_with_logits(seen.score.flatten(), there.float())
-    quality = iou_loss(seen.ious[there], mask_iou(logits.detach(), targets))
-    return mask_loss(logits, targets, recipe="paper").total + quality + score
 
 
 def _some_true(seen: Seen, masks: Tensor, share: float, generator: torch.Generator) -> Seen:

@@ -3,8 +3,9 @@
     python -m evsam_lib.sam3.teach_memory --start TEACHER --out OUT --clips 400 --steps 600
 
 SAM3's full memory learns from nothing but the true masks of generated clips. Trunk and neck are frozen and run once,
-before. Weights of the memory start as torch draws them; transformers draws them so small that for long nothing is told
-apart. `memory.safetensors` holds what was trained, `report.json` says how well it follows clips that it never saw.
+before. The memory's start is kinder than transformers' (`start_memory`), and the first half of the steps leads over
+from a loss that does not drown objects in background. `memory.safetensors` holds what was trained, `report.json` says
+how well it follows clips that it never saw.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from evsam_lib.sam3.stage2 import DECODER, MEMORY, ClipSet, MemoryStage, train_m
 __all__ = ["main", "start_memory"]
 
 SEED = 2028
+NEARNESS = 1.5  # of biases: places 3 cells apart then weigh about a tenth
 HELD_OUT = 10_000_000  # number of the first clip that training never sees
 
 
@@ -49,6 +51,7 @@ def main() -> None:
     settings = MemoryStage(
         steps=options.steps, batch_size=options.batch, lr=options.lr, frames=options.frames, seed=SEED, keep=1,
         warmup_steps=20, clip_norm=1.0, weight_decay=0.02, checkpoint_every=100, decoder=options.decoder,
+        even=0.0 if options.keep_memory else 0.5,
     )  # fmt: skip
     log = train_memory(model, clips, settings, out=options.out / "memory", resume=options.resume)
     held_out = [clip(SEED, HELD_OUT + i, size=(side, side)) for i in range(24)]
@@ -63,12 +66,21 @@ def main() -> None:
 
 @torch.no_grad()
 def start_memory(model) -> None:
-    """A random start for everything of `MEMORY`, by torch's own rules, layer by layer; codes of time start at 0."""
+    """A random start for everything of `MEMORY`, by torch's own rules, layer by layer; codes of time start at 0.
+
+    transformers draws weights so small that for long nothing is told apart. And attention to memories begins by looking
+    at the same place in earlier frames: equal biases of queries and keys, which the rotary code turns by their places,
+    have their largest product where the places agree.
+    """
     for name, module in model.named_modules():
         if name.startswith(MEMORY) and hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    for layer in model.tracker_model.memory_encoder.memory_fuser.layers:
+    tracker = model.tracker_model
+    for layer in tracker.memory_encoder.memory_fuser.layers:
         nn.init.constant_(layer.scale, 0.1)  # instead of 0, which hides what mask and picture say together
+    for layer in tracker.memory_attention.layers:
+        for projection in (layer.cross_attn_image.q_proj, layer.cross_attn_image.k_proj):
+            nn.init.constant_(projection.bias, NEARNESS)
 
 
 if __name__ == "__main__":
