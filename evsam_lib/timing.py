@@ -5,11 +5,11 @@ in random order in one process, so that a busy moment hits them alike; a fast on
 makes one. `evsam_lib.bench` and notebook 07 use it.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Hashable
 from itertools import pairwise
-from math import ceil
 
 import torch
 
@@ -101,7 +101,7 @@ def take_turns(
     slowest = max(paces.values())
     calls = {key: max(10 if gpu else 1, min(MOST_RUNS, round(slowest / pace))) for key, pace in paces.items()}
     longest = max(paces[key] * calls[key] for key in variants)
-    rounds = min(ceil(seconds / longest), ceil(MOST_RUNS / min(calls.values())))
+    rounds = min(math.ceil(seconds / longest), math.ceil(MOST_RUNS / min(calls.values())))
     rounds = rounds if slowest > seconds else max(rounds, LEAST_ROUNDS)
     order, dice = list(variants), random.Random(seed)
     found = {key: {"samples_s": [], "window_s": [], "cpu_s": []} for key in variants}
@@ -115,18 +115,20 @@ def take_turns(
     return found
 
 
-def gemm_ceiling(device: str, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+def gemm_ceiling(device: str, dtype: torch.dtype, *, seconds: float = 1.0, cpu_time: bool = False) -> float:
     """FLOP/s of the fastest large matrix product that torch makes here, the ceiling of what any layer can reach.
 
     Args:
         device: "cpu" or "cuda".
         dtype: of the matrices; a CPU's product in a type that it has no instructions for is slow, and says so.
         seconds: how long it is tried.
+        cpu_time: by the process's seconds on the CPU, for one thread on a machine that others use too.
     """
     side = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(side, side, generator=torch.Generator().manual_seed(i)).to(device, dtype) for i in range(2))
     product = window(lambda i: a @ b, gpu=device != "cpu")
-    least, end = min(product(2)[0]), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        least = min(least, *product(2)[0])
+    least, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or least == math.inf:
+        samples, _, cpu = product(2)
+        least = min(least, cpu / 2) if cpu_time else min(least, *samples)
     return 2 * side**3 / least

@@ -21,7 +21,7 @@ import pytest
 from evsam_lib.data.coco import CocoImages
 from evsam_lib.fetch import __main__ as command
 from evsam_lib.fetch import download
-from evsam_lib.fetch.catalog import DATA, Item, Source, choose, fetch, state, weights
+from evsam_lib.fetch.catalog import DATA, SAM3_FILES, Item, Source, choose, fetch, state, weights
 from evsam_lib.fetch.download import FetchError, ensure
 from evsam_lib.fetch.unpack import BadArchive, marker_of, unpack
 from evsam_lib.models.zoo import ZOO, weights_path
@@ -42,7 +42,7 @@ class Server:
     """
 
     def __init__(self):
-        self.files, self.plan, self.seen = {}, [], []
+        self.files, self.plan, self.seen, self.tokens = {}, [], [], []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,9 +59,10 @@ class Server:
 
     def answer(self, request):
         plan = (self.plan.pop(0) if self.plan else None) or {}
+        self.tokens.append(request.headers.get("Authorization"))
         body = self.files.get(request.path)
         status = plan.get("status", 200 if body is not None else 404)
-        if status >= 400:
+        if status >= 300:
             self.seen.append((request.headers.get("Range"), request.headers.get("If-Range"), 0))
             request.send_response(status)
             for key, value in plan.get("headers", {}).items():
@@ -586,12 +587,25 @@ def test_a_full_disk_while_unpacking_keeps_the_archive(tmp_path, monkeypatch):
 
 
 def test_every_checkpoint_of_the_zoo_can_be_fetched():
-    assert set(weights()) == {name for name, entry in ZOO.items() if entry.checkpoint}
-    for name, source in weights().items():
+    released = {name for name, entry in ZOO.items() if entry.checkpoint}
+    assert set(weights()) == released | set(SAM3_FILES) | {"SAM3"}
+    for name in released:
+        source = weights()[name]
         (item,) = source.items
         assert item.url == ZOO[name].checkpoint
         assert source.licence == ZOO[name].licence
         assert (item.name, item.sha256, item.members) == (ZOO[name].file_name, ZOO[name].sha256, None)
+
+
+def test_sam3s_files_are_those_that_its_own_table_names():
+    from evsam_lib.sam3 import zoo
+    from evsam_lib.sam3.load import SAM3_FILE
+
+    files = {name: source.items[0].name for name, source in weights().items()}
+    assert {name: files[name] for name in zoo.IMAGES} == {name: row.file_name for name, row in zoo.IMAGES.items()}
+    assert {name: files[f"{name}-geometry"] for name in zoo.FINE_TUNED} == zoo.FINE_TUNED
+    assert {text: files[f"LiteText-{text[-1]}"] for text in zoo.TEXTS} == zoo.LITETEXT
+    assert files["SAM3"] == SAM3_FILE
 
 
 @pytest.mark.parametrize("name", DATA)
@@ -609,8 +623,8 @@ def test_data_sources_are_well_formed(name):
 
 def test_names_are_chosen_in_order_and_all_leaves_out_what_needs_consent():
     assert list(choose(["lvis", "coco"], DATA)) == ["lvis", "coco"]
-    assert list(choose(["all"], DATA)) == [name for name in DATA if name != "sa1b"]
-    assert list(choose(["all"], weights())) == list(weights())
+    assert list(choose(["all"], DATA)) == [name for name in DATA if name not in ("sa1b", "saco-gold", "sa-v")]
+    assert list(choose(["all"], weights())) == [name for name in weights() if name != "SAM3"]
 
 
 def test_what_needs_consent_is_explained_until_it_is_there(tmp_path):
@@ -619,6 +633,53 @@ def test_what_needs_consent_is_explained_until_it_is_there(tmp_path):
     (tmp_path / "sa1b" / "sa_000020").mkdir(parents=True)
     (tmp_path / "sa1b" / "sa_000020" / "sa_1.jpg").touch()
     assert not fetch(DATA["sa1b"], tmp_path, say=str)
+
+
+@pytest.mark.parametrize("name", ["saco-gold", "sa-v"])
+def test_sam3s_data_are_explained(name, tmp_path):
+    with pytest.raises(FetchError, match=r"into .*/sa(co_gold|_v)$"):
+        fetch(DATA[name], tmp_path, say=str)
+
+
+class TestGate:
+    """Files that their owners give to those they admit, by the user's own token."""
+
+    @pytest.fixture
+    def gated(self, server, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))  # nobody's own token
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "hub" / "token"))
+        item = Item(f"{server.url}/net.pt", gate="https://example.org/model")
+        return lambda: fetch(Source("", "", (item,)), tmp_path / "w", say=str)
+
+    def test_without_a_token(self, gated, server, tmp_path):
+        server.plan = [{"status": 401}]
+        with pytest.raises(
+            FetchError, match=r"net.pt is given to those .* ask for access at https://example.org/model"
+        ):
+            gated()
+        assert server.tokens == [None]
+        assert files(tmp_path) == []
+
+    def test_with_a_token_that_is_not_admitted(self, gated, server, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        server.plan = [{"status": 403}]
+        with pytest.raises(FetchError, match="wait for the answer to your request"):
+            gated()
+
+    def test_the_token_goes_to_the_server_and_not_on_from_there(self, gated, server, monkeypatch, tmp_path):
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        server.files["/elsewhere"] = BODY
+        server.plan = [{"status": 302, "headers": {"Location": f"{server.url}/elsewhere"}}]
+        assert gated()
+        assert server.tokens == ["Bearer hf_mine", None]
+        assert (tmp_path / "w" / "net.pt").read_bytes() == BODY
+
+    def test_others_never_see_a_token(self, get, server, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", "hf_mine")
+        assert get()
+        assert server.tokens == [None]
 
 
 # The command line

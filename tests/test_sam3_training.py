@@ -83,7 +83,7 @@ def test_image_student_comes_nearer(pair, images, tmp_path):
     heads = {k: v.clone() for k, v in student.state_dict().items() if "vision_encoder.backbone" not in k}
     before = training.trunk_cosine(student, teacher, images)
     targets = training.teacher_maps(teacher, images)
-    assert targets.nbytes == 4 * 64 * 64 * 2  # images, cells, channels, bytes
+    assert targets.nbytes == 4 * 64 * 128 * 2  # images, cells, channels, bytes
     settings = training.ImageStage(steps=6, batch_size=4, lr=3e-3)
     log = training.distil_image(student, teacher, images, settings, targets=targets, out=tmp_path / "run")
     assert log.loss.iloc[-1] < log.loss.iloc[0]
@@ -134,3 +134,23 @@ def test_a_resumed_run_must_have_the_same_schedule(pair, images, tmp_path):
     with pytest.raises(ValueError, match="warmup_steps"):
         other = training.ImageStage(**settings, warmup_steps=1)
         training.distil_image(student, teacher, images, other, out=tmp_path, resume=True)
+
+
+def test_lower_layers_of_the_text_student_learn_more_slowly(pair, tmp_path):
+    student, teacher = copy.deepcopy(pair[0]), pair[1]
+    before = {k: v.clone() for k, v in student.detector_model.named_parameters()}
+    settings = training.TextStage(steps=1, batch_size=2, lr=1e-3, layer_decay=0.5, weight_decay=0.0, clip_norm=1e9)
+    training.distil_text(student, teacher, ["red disc", "blue square"], settings, out=tmp_path)
+    after = dict(student.detector_model.named_parameters())
+    # AdamW's first step moves every entry that has a gradient by the learning rate
+    moved = {k: (after[k] - before[k]).abs().max().item() for k in before if k.startswith("text_")}
+    rates = {
+        "text_projection.weight": 1.0,
+        "text_encoder.final_layer_norm.weight": 1.0,
+        "text_encoder.layers.2.conv_feed_forward.mlp.fc1.weight": 0.5,
+        "text_encoder.layers.1.mlp.fc1.weight": 0.25,
+        "text_encoder.layers.0.conv_feed_forward.mlp.fc1.weight": 0.125,
+        "text_encoder.embeddings.token_embedding.weight": 0.0625,
+    }
+    for name, factor in rates.items():
+        assert moved[name] == pytest.approx(1e-3 * factor, rel=1e-2)

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from .concepts import concept_scene
+from .concepts import ConceptScene, concept_scene
 from .rle import encode_masks
 
-__all__ = ["ConceptImage", "ConceptPhrase", "GeneratedConcepts", "SacoImages", "write_saco"]
+__all__ = ["ConceptImage", "ConceptPhrase", "GeneratedConcepts", "SacoImages", "as_concepts", "write_saco"]
 
 FIRST_ID = 10_000_000  # SA-Co's ids are of this kind
 
@@ -32,11 +32,13 @@ class ConceptPhrase:
         pair_id: of the pair of image and phrase.
         text: the noun phrase.
         masks: (M, H, W) bool, all instances; M is 0 for a negative.
+        others: what further annotators took for all instances, likewise.
     """
 
     pair_id: int
     text: str
     masks: np.ndarray = field(repr=False)
+    others: tuple[np.ndarray, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,17 @@ class GeneratedConcepts:
         if not 0 <= index < self.count:
             raise IndexError(index)
         made = concept_scene(self.seed, self.first + index, size=(self.side, self.side))
-        masks = made.masks
-        phrases = (
-            ConceptPhrase(16 * index + number, phrase.text, masks[list(phrase.instances)])
-            for number, phrase in enumerate(made.phrases)
-        )
-        return ConceptImage(index, made.image, tuple(phrases))
+        return as_concepts(made, index)
+
+
+def as_concepts(made: ConceptScene, image_id: int) -> ConceptImage:
+    """A generated scene as the files have it."""
+    masks = made.masks
+    phrases = (
+        ConceptPhrase(16 * image_id + number, phrase.text, masks[list(phrase.instances)])
+        for number, phrase in enumerate(made.phrases)
+    )
+    return ConceptImage(image_id, made.image, tuple(phrases))
 
 
 def write_saco(images: Iterable[ConceptImage], folder: str | Path, *, name: str = "gold_generated") -> Path:
@@ -110,22 +117,34 @@ class SacoImages(Sequence):
         annotations: the json file.
         images: folder that its file names are relative to.
         limit: first so many images only; None for all.
+        also: files of further annotators of the same pairs: SA-Co Gold has three of each. A pair counts if its
+            instances are all annotated in every file.
 
     Raises:
         FileNotFoundError: the file or the folder is not there.
         ValueError: the file is of another layout; the message says what is missing.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path, *, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        annotations: str | Path,
+        images: str | Path,
+        *,
+        limit: int | None = None,
+        also: Sequence[str | Path] = (),
+    ) -> None:
         self.path, self.folder = Path(annotations), Path(images)
         if not self.path.is_file():
             raise FileNotFoundError(f"No annotations at {self.path}; SA-Co Gold's are on Hugging Face, SACo-Gold.")
         if not self.folder.is_dir():
             raise FileNotFoundError(f"No folder of images at {self.folder}.")
         pairs, self._found = _read(self.path)
+        further = [_read(Path(path)) for path in also]
+        self._others = [found for _, found in further]
+        partly = {pair["id"] for own, _ in further for pair in own if not pair.get("is_instance_exhaustive", True)}
         grouped: dict[str, list[dict]] = {}
         for pair in pairs:
-            if pair.get("is_instance_exhaustive", True):  # as in the official evaluation
+            if pair.get("is_instance_exhaustive", True) and pair["id"] not in partly:  # as in the official evaluation
                 grouped.setdefault(pair["file_name"], []).append(pair)
         if not grouped:
             raise ValueError(f"{self.path} holds no pair of image and phrase whose instances are all annotated.")
@@ -143,8 +162,12 @@ class SacoImages(Sequence):
         return ConceptImage(index, image, tuple(self._phrase(pair, image.shape[:2]) for pair in pairs))
 
     def _phrase(self, pair: dict, size: tuple[int, int]) -> ConceptPhrase:
-        masks = np.zeros((len(self._found.get(pair["id"], [])), *size), bool)
-        for mask, annotation in zip(masks, self._found.get(pair["id"], []), strict=True):
+        masks, *others = (self._masks(found, pair, size) for found in (self._found, *self._others))
+        return ConceptPhrase(pair["id"], pair["text_input"], masks, tuple(others))
+
+    def _masks(self, found: dict[int, list[dict]], pair: dict, size: tuple[int, int]) -> np.ndarray:
+        masks = np.zeros((len(found.get(pair["id"], [])), *size), bool)
+        for mask, annotation in zip(masks, found.get(pair["id"], []), strict=True):
             rle = annotation["segmentation"]
             if tuple(rle["size"]) != size:
                 raise ValueError(
@@ -152,7 +175,7 @@ class SacoImages(Sequence):
                     f"{rle['size'][1]} pixels, its image {pair['file_name']} {size[0]} x {size[1]}."
                 )
             mask[:] = coco_mask.decode(rle)
-        return ConceptPhrase(pair["id"], pair["text_input"], masks)
+        return masks
 
 
 def _read(path: Path) -> tuple[list[dict], dict[int, list[dict]]]:

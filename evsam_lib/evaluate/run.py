@@ -247,7 +247,7 @@ def _provenance(model: Sam, images: CocoImages, weights: str | Path | None, dete
     files = {"weights": weights, "annotations": images.annotations_json}
     if detections is not None:
         files["detections_file"] = getattr(detections, "path", None)
-    found = {"model": model.name, "images_dir": str(images.images_dir)}
+    found = {"model": model.name, **getattr(model, "variant", {}), "images_dir": str(images.images_dir)}
     for name, path in files.items():
         found |= {name: None if path is None else str(path)}
         found |= {f"{name}_sha256": None if path is None else sha256(path)}

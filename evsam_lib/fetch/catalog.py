@@ -1,6 +1,8 @@
 """What can be fetched, from where, under which terms, and where it goes. Adding a data set is adding a row to DATA.
 
-Weights are not listed here: they are the rows of `evsam_lib.models.zoo.ZOO` that have a checkpoint. Folders of data are
+Weights of SAM and EfficientViT-SAM are not listed here: they are the rows of `evsam_lib.models.zoo.ZOO` that have a
+checkpoint. Those of SAM3 and EfficientSAM3 are in SAM3_FILES, since their own table needs packages that fetching does
+not. Folders of data are
 those that params/paper and notebook 03 name, under data_root. A sum is given where independent public records agree on
 it; the others are recorded on first use.
 """
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from evsam_lib.fetch.download import HUGGING_FACE, FetchError, ensure, part_of, record_of
+from evsam_lib.fetch.download import HUGGING_FACE, FetchError, Refused, ensure, part_of, record_of
 from evsam_lib.fetch.unpack import BadArchive, marker_of, unpack
 from evsam_lib.models.zoo import ZOO, Entry
 
@@ -21,6 +23,8 @@ __all__ = ["DATA", "Item", "Source", "choose", "fetch", "state", "weights"]
 COCO_URL = "https://s3.amazonaws.com/images.cocodataset.org"
 LVIS_URL = "https://dl.fbaipublicfiles.com/LVIS"
 SA1B_URL = "https://ai.meta.com/datasets/segment-anything-downloads/"
+SACO_URL = f"{HUGGING_FACE}/datasets/facebook/SACo-Gold"
+SAV_URL = "https://ai.meta.com/datasets/segment-anything-video-downloads/"
 BOXES_URL = f"{HUGGING_FACE}/mit-han-lab/efficientvit-sam/resolve/main/source_json_file"
 # Sizes in bytes of released checkpoints: SAM's as public records have them, the others four bytes a parameter.
 SIZES = {
@@ -43,6 +47,7 @@ class Item:
         sha256: the public sum, or None.
         size: in bytes, exactly, or None.
         rough_size: in bytes, for people, where the exact one is not known.
+        gate: page of a repository whose owners admit people one by one; None where everybody gets the file.
         members: for an archive, the pattern of the files to unpack; None leaves the file as it is.
         makes: pattern under `folder` of what is there afterwards, for an archive.
         count: how many files that must be.
@@ -53,6 +58,7 @@ class Item:
     sha256: str | None = None
     size: int | None = None
     rough_size: int | None = None
+    gate: str | None = None
     members: str | None = None
     makes: str | None = None
     count: int = 1
@@ -147,12 +153,49 @@ DATA: dict[str, Source] = {
         by_hand=f"Meta gives SA-1B to those who accept its licence: do so at {SA1B_URL}, download as many of the "
         "archives sa_*.tar as you want (about 11,000 images and 10 GB each) and unpack them into {folder}",
     ),
+    "saco-gold": Source(
+        "SA-Co Gold, notebook 19",
+        "its own, see the page; images: MetaCLIP's and SA-1B's",
+        (Item(SACO_URL, "saco_gold", members="", makes="gold_*_merged_[abc]_release_test.json", count=21),),
+        by_hand="SA-Co Gold is given out after a form and its images lie elsewhere: put the 21 files "
+        f"gold_*_merged_*_release_test.json of {SACO_URL} and the folders of images that they name (how to get them: "
+        "github.com/facebookresearch/sam3, scripts/eval/gold) into {folder}",
+    ),
+    "sa-v": Source(
+        "video, notebook 18",
+        "CC BY 4.0",
+        (Item(SAV_URL, "sa_v", members="", makes="*/JPEGImages_24fps/*/00000.jpg"),),
+        by_hand=f"Meta gives SA-V to those who accept its licence: do so at {SAV_URL}, download sa_v_val.tar and "
+        "sa_v_test.tar (frames and masks of 155 and 150 videos) and unpack them into {folder}",
+    ),
+}
+
+EFFICIENTSAM3_URL = f"{HUGGING_FACE}/Simon7108528/EfficientSAM3"
+SAM3_PAGE = f"{HUGGING_FACE}/facebook/sam3"
+_TERMS = "Apache-2.0, in parts the SAM License"
+# name -> file and folder of the repository
+SAM3_FILES: dict[str, tuple[str, str]] = {
+    f"ES-{short}-{size}": (f"efficient_sam3_{family}_{size.lower()}.pt", "stage1_all_converted")
+    for family, short in (("efficientvit", "EV"), ("repvit", "RV"), ("tinyvit", "TV"))
+    for size in "SML"
+}
+SAM3_FILES |= {
+    f"{name}-geometry": (SAM3_FILES[name][0].replace(".pt", "_geo_ft.pt"), "stage1_all_converted")
+    for name in ("ES-EV-M", "ES-RV-M", "ES-TV-M")
+}
+SAM3_FILES |= {
+    f"LiteText-{size}": (f"efficient_sam3_image_encoder_{text}_ctx16.pt", "sam3_litetext")
+    for size, text in (("S", "mobileclip_s0"), ("M", "mobileclip_s1"), ("L", "mobileclip2_l"))
 }
 
 
 def weights() -> dict[str, Source]:
-    """The zoo's models that have a released checkpoint, by name."""
-    return {name: Source("", entry.licence, (_checkpoint(entry),)) for name, entry in ZOO.items() if entry.checkpoint}
+    """The zoo's models that have a released checkpoint, then SAM3 and EfficientSAM3, by name."""
+    found = {name: Source("", entry.licence, (_checkpoint(entry),)) for name, entry in ZOO.items() if entry.checkpoint}
+    for name, (file, folder) in SAM3_FILES.items():
+        found[name] = Source("", _TERMS, (Item(f"{EFFICIENTSAM3_URL}/resolve/main/{folder}/{file}"),))
+    sam3 = Item(f"{SAM3_PAGE}/resolve/main/sam3.pt", rough_size=3_450 * 10**6, gate=SAM3_PAGE)
+    return found | {"SAM3": Source("", "SAM License", (sam3,))}
 
 
 def _checkpoint(entry: Entry) -> Item:
@@ -161,7 +204,7 @@ def _checkpoint(entry: Entry) -> Item:
 
 
 def choose(names: Iterable[str], sources: dict[str, Source]) -> dict[str, Source]:
-    """The named sources, in the order of the names; "all" stands for all that need no acceptance by hand.
+    """The named sources, in the order of the names; "all" stands for all that need nobody's consent.
 
     Raises:
         ValueError: there is no such source; names the nearest.
@@ -169,7 +212,7 @@ def choose(names: Iterable[str], sources: dict[str, Source]) -> dict[str, Source
     chosen = {}
     for name in names:
         if name == "all":
-            chosen |= {key: source for key, source in sources.items() if source.by_hand is None}
+            chosen |= {key: source for key, source in sources.items() if not _asks(source)}
         elif name in sources:
             chosen[name] = sources[name]
         else:
@@ -177,6 +220,10 @@ def choose(names: Iterable[str], sources: dict[str, Source]) -> dict[str, Source
             own = " It has no released checkpoint." if name in ZOO else ""
             raise ValueError(f"unknown name {name!r}.{own} The nearest are {', '.join(near)}.")
     return chosen
+
+
+def _asks(source: Source) -> bool:
+    return source.by_hand is not None or any(item.gate for item in source.items)
 
 
 def fetch(source: Source, root: Path, *, keep_archive: bool = False, say=print) -> bool:
@@ -199,6 +246,8 @@ def fetch(source: Source, root: Path, *, keep_archive: bool = False, say=print) 
 
 def _fetch_item(item: Item, root: Path, keep_archive: bool, say) -> bool:
     path = root / item.folder / item.name
+    if item.gate:
+        return _ensure_gated(item, path, say)
     if item.members is None:
         return ensure(item.url, path, sha256=item.sha256, size=item.size, say=say)
     if state(item, root) == "present":
@@ -217,6 +266,23 @@ def _fetch_item(item: Item, root: Path, keep_archive: bool, say) -> bool:
     if not keep_archive:
         path.unlink()
     return True
+
+
+def _ensure_gated(item: Item, path: Path, say) -> bool:
+    """With the user's own token, as huggingface_hub keeps it: $HF_TOKEN, or that of `hf auth login`."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    try:
+        return ensure(item.url, path, sha256=item.sha256, size=item.size, token=token, say=say)
+    except Refused as error:
+        way = (
+            f"wait for the answer to your request at {item.gate}"
+            if token
+            else (f"ask for access at {item.gate}, then set HF_TOKEN or run `hf auth login`")
+        )
+        who = "the account of this token" if token else "nobody without a token"
+        raise FetchError(f"{path.name} is given to those whom its owners admit, and {who} is: {way}") from error
 
 
 def state(item: Item, root: Path) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-__all__ = ["FetchError", "check_room", "ensure", "part_of", "record_of", "size_text"]
+__all__ = ["FetchError", "Refused", "check_room", "ensure", "part_of", "record_of", "size_text"]
 
 ATTEMPTS = 4  # in a row that bring nothing new; then we give up
 PAUSE_S = 1.0  # before the second attempt, doubled each time
@@ -37,6 +37,10 @@ STATES = {401: "needs a log-in", 403: "is not given out to us", 404: "is not the
 
 class FetchError(Exception):
     """Something could not be fetched; the message says what and why, in one sentence."""
+
+
+class Refused(FetchError):
+    """The server does not give it to us, but may to others."""
 
 
 class _Cut(Exception):
@@ -58,6 +62,7 @@ def ensure(
     sha256: str | None = None,
     size: int | None = None,
     room: float = 1.0,
+    token: str | None = None,
     say: Callable[[str], object] = print,
 ) -> bool:
     """Downloads a file, unless it is there and right.
@@ -68,12 +73,14 @@ def ensure(
         sha256: the public sum; None for the one in NAME.sha256, which the first download writes.
         size: in bytes, where known.
         room: free disk asked for, as a multiple of the file's size.
+        token: shown to the server, and to no other that it sends us on to.
         say: takes lines of progress.
 
     Returns:
         Whether anything was downloaded.
 
     Raises:
+        Refused: the server does not give it to us.
         FetchError: it could not be had, or is not what it should be.
     """
     expected = sha256 or _recorded(path)
@@ -85,7 +92,8 @@ def ensure(
             say(f"{path.name}: already there, sha256 {'recorded' if expected is None else 'right'}")
             return False
         say(f"{path} has sha256 {found}, not {expected}: fetching it again; it stays until the new one is whole")
-    _download(_mirrored(url), path, expected=expected, public=sha256 is not None, size=size, room=room, say=say)
+    how = {"expected": expected, "public": sha256 is not None, "size": size, "room": room, "token": token, "say": say}
+    _download(_mirrored(url), path, **how)
     return True
 
 
@@ -115,11 +123,13 @@ def size_text(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _download(url: str, path: Path, *, expected: str | None, public: bool, size: int | None, room: float, say) -> None:
+def _download(
+    url: str, path: Path, *, expected: str | None, public: bool, size: int | None, room: float, token: str | None, say
+) -> None:
     part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _bring(url, part, summed=expected is not None, size=size, room=room, say=say)
+        _bring(url, part, summed=expected is not None, size=size, room=room, token=token, say=say)
         found = _sum(part)
         if expected not in (None, found):
             _discard(part)
@@ -136,12 +146,12 @@ def _download(url: str, path: Path, *, expected: str | None, public: bool, size:
     say(f"{path.name}: {size_text(path.stat().st_size)}, sha256 {'right' if expected else found}")
 
 
-def _bring(url: str, part: Path, *, summed: bool, size: int | None, room: float, say) -> None:
+def _bring(url: str, part: Path, *, summed: bool, size: int | None, room: float, token: str | None, say) -> None:
     """Fills `part`, in as many attempts as it takes while each brings more; a passing fault is waited out."""
     failures, most = 0, _length(part)
     while True:
         try:
-            return _attempt(url, part, summed=summed, size=size, room=room, say=say)
+            return _attempt(url, part, summed=summed, size=size, room=room, token=token, say=say)
         except _Stale as fault:
             _discard(part)
             reason, wait_s = str(fault), 0.0
@@ -157,7 +167,7 @@ def _bring(url: str, part: Path, *, summed: bool, size: int | None, room: float,
         time.sleep(wait_s)
 
 
-def _attempt(url: str, part: Path, *, summed: bool, size: int | None, room: float, say) -> None:
+def _attempt(url: str, part: Path, *, summed: bool, size: int | None, room: float, token: str | None, say) -> None:
     """One request, for what is missing.
 
     Raises:
@@ -173,7 +183,7 @@ def _attempt(url: str, part: Path, *, summed: bool, size: int | None, room: floa
         headers["Range"] = f"bytes={have}-"
         if validator := _validator(note):
             headers["If-Range"] = validator
-    with _open(url, headers) as response:
+    with _open(url, headers, token) as response:
         start, total = _place(url, response, have, note)
         total = size if total is None else total
         if size is not None and total != size:
@@ -211,11 +221,14 @@ def _validator(note: dict) -> str | None:
     return etag if etag and not etag.startswith("W/") else note["Last-Modified"]
 
 
-def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+def _open(url: str, headers: dict[str, str], token: str | None) -> http.client.HTTPResponse:
     if not url.startswith(("https://", "http://")):
         raise FetchError(f"{url} is no http or https address")
+    request = urllib.request.Request(url, headers=headers)
+    if token:
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S)
+        return urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:
@@ -223,7 +236,8 @@ def _open(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         if error.code in PASSING:
             wait = error.headers.get("Retry-After") or ""
             raise _Cut(f"the server answers {error.code}", float(wait) if wait.isdecimal() else 0.0) from None
-        raise FetchError(f"{url} {STATES.get(error.code, 'is refused')} (HTTP {error.code})") from None
+        kind = Refused if error.code in (401, 403) else FetchError
+        raise kind(f"{url} {STATES.get(error.code, 'is refused')} (HTTP {error.code})") from None
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             raise FetchError(f"{url}: the server's certificate is not trusted here ({error.reason.reason})") from None

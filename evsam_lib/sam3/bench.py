@@ -5,9 +5,10 @@
 
 A pass is what a user does by `Sam3Processor`: an image, then a phrase, then a box. Inside each of the three steps the
 parts are timed as their modules are entered and left, so that parts and step belong to the same seconds; `rest` is
-what lies between them, such as resizing the photograph. Weights are random, which changes no time: the masks of a
-phrase are not cut out here. One file of samples a row (model, text, size), written when it is done; with `--resume` a
-row that is there is not timed again. Notebook 16 shows the table.
+what lies between them, such as resizing the photograph. On a CPU the processor's own seconds are taken as well: with
+one thread (`--threads 1`) they are what a quiet machine would take, even if this one is not quiet. Weights are random,
+which changes no time: the masks of a phrase are not cut out here. One file of samples a row (model, text, size),
+written when it is done; with `--resume` a row that is there is not timed again. Notebook 16 shows the table.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from evsam_lib.timing import gemm_ceiling
 __all__ = ["STEPS", "Options", "bench_sam3", "main", "table", "write_table"]
 
 STEPS = ("image", "phrase", "box")  # of a pass; the first box of an image pays the tracker's neck as well
+CLOCKS, SAMPLES = ("s", "cpu_s"), ("samples_s", "cpu_samples_s")  # of the wall's clock, of the processor's
 PHRASE, PHOTOGRAPH = "red striped disc", (640, 480)  # COCO's usual size, (H, W)
 
 
@@ -85,8 +87,8 @@ def bench_sam3(name: str, options: Options, *, say: Callable[[str], object] = la
         say: takes lines of progress.
 
     Returns:
-        conditions (machine, versions, ceiling, parameters and MACs of the parts), and runs: an entry for each step and
-        part, with its samples in seconds, one a pass.
+        conditions (machine, versions, ceilings before and after, parameters and MACs of the parts); passes: seconds and
+        CPU seconds of each, warm-up first; runs: an entry for each step and part, its samples in seconds, one a pass.
 
     Raises:
         ValueError: an unknown model or text, or a size that the model cannot take.
@@ -96,22 +98,31 @@ def bench_sam3(name: str, options: Options, *, say: Callable[[str], object] = la
     ledger = count_sam3(name, **shape, scale=options.scale)
     torch.manual_seed(options.seed)
     model = load_sam3(name, **shape, scale=options.scale, device=options.device)
-    ceiling = gemm_ceiling(options.device, torch.float32)
+    alone = options.device == "cpu" and torch.get_num_threads() == 1  # then the processor's seconds count
+    ceilings = [gemm_ceiling(options.device, torch.float32, cpu_time=alone)]
     image = scene(options.seed, 0, size=PHOTOGRAPH).image
-    found: dict[tuple[str, str], list[float]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    passes = []
     with _watching(model, gpu=options.device != "cpu") as watch:
         for number in range(options.warm_up + options.passes):
             seconds = _pass(model, image, watch)
-            say(f"{name} {options.image_size} px, pass {number + 1}: {sum(seconds.values()):.2f} s")
+            both = np.sum(list(seconds.values()), axis=0).tolist()
+            passes.append(dict(zip(CLOCKS, both, strict=True)))
+            say(f"{name} {options.image_size} px, pass {number + 1}: {both[0]:.2f} s, of the processor {both[1]:.2f}")
             if number >= options.warm_up:
                 for key, value in seconds.items():
                     found.setdefault(key, []).append(value)
-    conditions = _conditions(name, options, ceiling, ledger, Sam3Processor(model).context, started)
-    return {"conditions": conditions, "runs": [{"step": s, "part": p, "samples_s": v} for (s, p), v in found.items()]}
+    ceilings.append(gemm_ceiling(options.device, torch.float32, cpu_time=alone))
+    conditions = _conditions(name, options, ceilings, ledger, Sam3Processor(model).context, started)
+    runs = [
+        {"step": step, "part": part, **dict(zip(SAMPLES, map(list, zip(*both, strict=True)), strict=True))}
+        for (step, part), both in found.items()
+    ]
+    return {"conditions": conditions, "passes": passes, "runs": runs}
 
 
-def _pass(model: nn.Module, image: np.ndarray, watch: "_Watch") -> dict[tuple[str, str], float]:
-    """Image, phrase, box; seconds by step and part. The processor is new, so that it knows no phrase yet."""
+def _pass(model: nn.Module, image: np.ndarray, watch: "_Watch") -> dict[tuple[str, str], tuple[float, float]]:
+    """Image, phrase, box; seconds by step and part, by both clocks. `Sam3Processor` is new: it knows no phrase yet."""
     processor, (height, width) = Sam3Processor(model), image.shape[:2]
     with watch.step("image"):
         state = processor.set_image(image)
@@ -145,31 +156,31 @@ class _Watch:
         yield
         self.leave()
 
-    def seconds(self) -> dict[tuple[str, str], float]:
-        """Own time of every part in every step since the last call; a step's own time is its `rest`."""
+    def seconds(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Own time of every part in every step since the last call, by both clocks; a step's own is its `rest`."""
         if self.gpu:
             torch.cuda.synchronize()
         marks, self.marks = self.marks, []
         own = [self._between(begin, end) for _, _, begin, end in marks]
         steps, found = [], {}
-        for i, (part, outer, begin, end) in enumerate(marks):
+        for part, outer, begin, end in marks:
             steps.append(part if outer is None else steps[outer])
             if outer is not None:
-                own[outer] -= self._between(begin, end)
+                own[outer] = own[outer] - self._between(begin, end)
         for i, (part, outer, _, _) in enumerate(marks):
             key = steps[i], "rest" if outer is None else part
             found[key] = found.get(key, 0.0) + own[i]
-        return found
+        return {key: tuple(both.tolist()) for key, both in found.items()}
 
     def _now(self):
         if not self.gpu:
-            return time.perf_counter()
+            return np.array([time.perf_counter(), time.process_time()])
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _between(self, begin, end) -> float:
-        return begin.elapsed_time(end) / 1e3 if self.gpu else end - begin
+    def _between(self, begin, end) -> np.ndarray:
+        return np.array([begin.elapsed_time(end) / 1e3, np.nan]) if self.gpu else end - begin
 
 
 @contextmanager
@@ -191,7 +202,7 @@ def _watching(model: nn.Module, *, gpu: bool) -> Iterator[_Watch]:
 
 
 def _conditions(
-    name: str, options: Options, ceiling: float, ledger: pd.DataFrame, context: int, started: datetime
+    name: str, options: Options, ceilings: list[float], ledger: pd.DataFrame, context: int, started: datetime
 ) -> dict:
     given = asdict(options) | {"model": name, "text": checked_text(name, options.text), "weights": "random"}
     given["context"] = context
@@ -207,7 +218,8 @@ def _conditions(
         f"{column}_of_parts": {part: int(ledger.loc[part, column]) for part in PARTS}
         for column in ("parameters", "macs")
     }
-    return origin | {"scope": "one image, one phrase, one box", "gemm_flops": ceiling, **costs} | surroundings()
+    speed = {"gemm_flops": max(ceilings), "gemm_flops_before_and_after": ceilings}
+    return origin | {"scope": "one image, one phrase, one box"} | speed | costs | surroundings()
 
 
 # ---------------------------------------------------------------- the table
@@ -216,28 +228,29 @@ def _conditions(
 def table(results: Iterable[dict]) -> pd.DataFrame:
     """The table of what `bench_sam3` returned: a row for each part, and one for each step, its `whole`.
 
-    Columns: model, text, context, image_size, step, part, weights, p50_ms, min_ms, max_ms, gmacs, gmacs_per_s (of the
-    median), percent_of_gemm, n.
+    Columns: model, text, context, image_size, step, part, weights, p50_ms, min_ms, max_ms, cpu_ms (the least), gmacs,
+    gmacs_per_s and percent_of_gemm (by the least time, for one thread by its CPU time), n.
     """
     rows = []
     for result in results:
-        runs = [run for run in result["runs"] if run["part"] not in ("memory",)]
         for step in STEPS:
-            own = [run for run in runs if run["step"] == step]
-            whole = np.sum([run["samples_s"] for run in own], axis=0)
-            rows += [_row(run["part"], step, run["samples_s"], result["conditions"]) for run in own]
-            rows.append(_row("whole", step, whole, result["conditions"], parts=[run["part"] for run in own]))
+            own = [run for run in result["runs"] if run["step"] == step]
+            whole = {"part": "whole", **{key: np.sum([run[key] for run in own], axis=0) for key in SAMPLES}}
+            parts = [run["part"] for run in own]
+            rows += [_row(run, step, [run["part"]], result["conditions"]) for run in own]
+            rows.append(_row(whole, step, parts, result["conditions"]))
     return pd.DataFrame(rows)
 
 
-def _row(part: str, step: str, seconds, conditions: dict, parts: Iterable[str] = ()) -> dict:
-    given, samples = conditions["parameters"], np.asarray(seconds)
-    macs = sum(conditions["macs_of_parts"].get(name, 0) for name in (parts or (part,)))
-    speed = macs / np.median(samples)
-    return {
-        **{key: given[key] for key in ("model", "text", "context", "image_size")},
-        **{"step": step, "part": part, "weights": given["weights"]},
+def _row(run: dict, step: str, parts: list[str], conditions: dict) -> dict:
+    given, (samples, cpu) = conditions["parameters"], (np.asarray(run[key], float) for key in SAMPLES)
+    macs = sum(conditions["macs_of_parts"].get(name, 0) for name in parts)
+    speed = macs / (cpu if conditions["threads"] == 1 and conditions["device"] == "cpu" else samples).min()
+    which = {key: given[key] for key in ("model", "text", "context", "image_size")}
+    which |= {"step": step, "part": run["part"], "weights": given["weights"]}
+    return which | {
         **{f"{key}_ms": 1e3 * f(samples) for key, f in (("p50", np.median), ("min", np.min), ("max", np.max))},
+        "cpu_ms": 1e3 * cpu.min(),
         "gmacs": macs / 1e9,
         "gmacs_per_s": speed / 1e9 if macs else np.nan,
         "percent_of_gemm": 100 * 2 * speed / conditions["gemm_flops"] if macs else np.nan,
@@ -260,11 +273,12 @@ def write_table(folder: str | Path) -> pd.DataFrame:
 
 
 def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
-    """Milliseconds, a model down and its parts across, the three steps' wholes last."""
+    """Least milliseconds (of a CPU's own), a model down and its parts across, the three steps' wholes last."""
     rows = rows.assign(column=rows["part"].where(rows["part"] != "whole", "whole " + rows["step"]))
     order = [part for part in (*PARTS, *(f"whole {step}" for step in STEPS)) if part in set(rows["column"])]
     index = ["model", "text", "image_size"]
-    wide = rows[rows["column"].isin(order)].pivot(index=index, columns="column", values="p50_ms")[order]
+    rows = rows.assign(ms=rows["cpu_ms"].fillna(rows["min_ms"]))
+    wide = rows[rows["column"].isin(order)].pivot(index=index, columns="column", values="ms")[order]
     places = {name: i for i, name in enumerate(MODELS)}
     wide = wide.sort_index(key=lambda level: level.map(places) if level.name == "model" else level)
     return wide.rename_axis(index={"text": "text encoder"}, columns=None).reset_index()
@@ -272,9 +286,10 @@ def _by_part(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _machine(conditions: dict) -> str:
     threads, versions = conditions["threads"], conditions["versions"]
-    where = conditions["gpu"] if conditions["device"] != "cpu" else f"{conditions['machine']['cpu']}, {threads} threads"
+    on_cpu = conditions["device"] == "cpu"
+    where = f"of the processor, {conditions['machine']['cpu']}, threads: {threads}" if on_cpu else conditions["gpu"]
     versions = f"torch {versions['torch']}, transformers {versions['transformers']}, Python {versions['python']}"
-    return f"*Milliseconds, median, eager float32, random weights, {where}, {versions}.*"
+    return f"*Milliseconds, the least of the passes, {where}; eager float32, random weights, {versions}.*"
 
 
 # ---------------------------------------------------------------- command line

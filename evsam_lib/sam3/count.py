@@ -7,6 +7,7 @@ Notebook 16 draws it.
 """
 
 import re
+from collections.abc import Sequence
 from functools import partial
 
 import pandas as pd
@@ -20,8 +21,8 @@ __all__ = ["CLICK", "IMAGE", "MEMORY", "PARTS", "PHRASE", "count_memory", "count
 
 # Parts by the names of modules, in the order of the forward pass; the first that fits counts.
 PARTS = {
-    "backbone": r"detector_model\.vision_encoder\.backbone(?!\.head)",
-    "head": r"detector_model\.vision_encoder\.backbone\.head",
+    "backbone": r"detector_model\.vision_encoder\.backbone(?!\.(head|lateral))",
+    "head": r"detector_model\.vision_encoder\.backbone\.(head|lateral)",
     "neck": r"detector_model\.vision_encoder\.neck",
     "text": r"detector_model\.text_(encoder|projection)",
     "geometry": r"detector_model\.geometry_encoder",
@@ -51,8 +52,10 @@ def count_sam3(
     text: str | None = None,
     *,
     context: int | None = None,
-    image_size: int | None = None,
     scale: str = "full",
+    image_size: int | None = None,
+    taps: Sequence[int] = (32,),
+    head_width: int | None = None,
 ) -> pd.DataFrame:
     """Costs of one model.
 
@@ -60,8 +63,10 @@ def count_sam3(
         name: one of `evsam_lib.sam3.zoo.MODELS`.
         text: its text encoder, as in `load_sam3`.
         context: tokens of the phrase, as in `load_sam3`.
-        image_size: side of the input, pixels; None is the scale's, 1008 for "full".
         scale: "full" or "mini".
+        image_size: side of the input, pixels; None is the scale's (1008, mini 168).
+        taps: stages of the image student, as in `load_sam3`.
+        head_width: channels within its head, as in `load_sam3`.
 
     Returns:
         Indexed by part: `PARTS`, then the sums `trunk` (backbone and head), `vision` (`IMAGE`), `phrase` (`PHRASE`) and
@@ -73,7 +78,9 @@ def count_sam3(
     """
     from transformers import Sam3VideoModel
 
-    config = configuration(name, text, context=context, image_size=image_size, scale=scale)
+    config = configuration(
+        name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
+    )
     with torch.device("meta"):
         model = Sam3VideoModel(config).eval()
     ledger = Ledger()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evsam_lib.sam3.tokens import tokenize
 
-__all__ = ["Found", "detect", "phrase_features"]
+__all__ = ["Found", "detect", "encode_coarsely", "phrase_features"]
 
 
 @dataclass
@@ -35,6 +35,27 @@ class Found:
     masks: Tensor
     masked: Tensor
     cells: Tensor
+
+
+def encode_coarsely(model, frames: Tensor):
+    """What `detector_model.vision_encoder(frames)` gives, without the neck's finer levels, which only masks need.
+
+    Args:
+        model: of `load_sam3`.
+        frames: (B, 3, S, S) float, of `processor.pixels`.
+    """
+    from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
+
+    encoder = model.detector_model.vision_encoder
+    tokens = encoder.backbone(frames).last_hidden_state  # (B, T, C)
+    side = frames.shape[-1] // encoder.config.backbone_config.patch_size
+    coarse = encoder.neck.fpn_layers[encoder.config.scale_factors.index(1.0)]
+    level = coarse(tokens.transpose(1, 2).unflatten(2, (side, side)))
+    code = encoder.neck.position_encoding(level.shape, level.device, level.dtype)
+    # The last level of all is left out by the detector: any stands in for it.
+    return Sam3VisionEncoderOutput(
+        last_hidden_state=tokens, fpn_hidden_states=(level, level), fpn_position_encoding=(code, code)
+    )
 
 
 def phrase_features(model, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -93,7 +114,7 @@ def detect(
         spatial_shapes=encoded.spatial_shapes,
     )
     queries = decoded.intermediate_hidden_states  # (L, P, Q, C)
-    before = decoded.reference_boxes.clamp(1e-3, 1 - 1e-3).logit()
+    before = decoded.reference_boxes.float().clamp(1e-3, 1 - 1e-3).logit()
     logits = detector.dot_product_scoring(queries, encoded.text_features, text_mask=mask).squeeze(-1)
     masked = torch.arange(len(text), device=text.device) if masked is None else masked
     return Found(
@@ -115,13 +136,15 @@ def _geometry(detector, maps, codes, image_of: Tensor, examples: Tensor | None) 
     else:
         boxes, labels, images = examples[:, None], torch.ones(1, device=image_of.device), image_of
         valid = torch.ones(len(boxes), 1, dtype=torch.bool, device=image_of.device)
-    shown = detector.geometry_encoder(
-        box_embeddings=boxes.to(maps[-1].dtype),
-        box_mask=valid,
-        box_labels=labels.long().expand(len(boxes), 1),
-        img_feats=[x[images] for x in maps[-1:]],
-        img_pos_embeds=[x.expand(len(maps[-1]), -1, -1, -1)[images] for x in codes[-1:]],
-    )
+    kind = detector.dtype
+    with torch.autocast(image_of.device.type, enabled=False):  # torchvision pools boxes in float32 only
+        shown = detector.geometry_encoder(
+            box_embeddings=boxes.to(kind),
+            box_mask=valid,
+            box_labels=labels.long().expand(len(boxes), 1),
+            img_feats=[x[images].to(kind) for x in maps[-1:]],
+            img_pos_embeds=[x.expand(len(maps[-1]), -1, -1, -1)[images].to(kind) for x in codes[-1:]],
+        )
     tokens, seen = shown.last_hidden_state, shown.attention_mask.bool()
     return (tokens, seen) if examples is not None else (tokens[image_of, :1], seen[image_of, :1])
 

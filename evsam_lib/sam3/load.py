@@ -5,19 +5,24 @@ official loader places what fits and passes over the rest; the model's `report` 
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from evsam_lib.models.weights import load_strictly, read_state_dict, save_weights, weights_root
+from evsam_lib.models.weights import SHIPPED, load_strictly, read_state_dict, save_weights, weights_root
 from evsam_lib.sam3.files import OPTIONAL, Report, from_official, is_official
-from evsam_lib.sam3.zoo import IMAGES, SCALES, TEACHER, TEXTS, configuration
+from evsam_lib.sam3.ship import unpacked
+from evsam_lib.sam3.zoo import IMAGES, LITETEXT, SCALES, TEACHER, TEXTS, VOCABULARY, configuration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["contents", "load_sam3", "save_sam3"]
+
+
+SAM3_FILE = "sam3.pt"  # as facebook/sam3 names it
 
 
 def load_sam3(
@@ -28,6 +33,8 @@ def load_sam3(
     context: int | None = None,
     scale: str = "full",
     image_size: int | None = None,
+    taps: Sequence[int] = (32,),
+    head_width: int | None = None,
     memory: str = "full",
     tokens: int | None = None,
     windows: int | None = None,
@@ -40,12 +47,15 @@ def load_sam3(
     Args:
         name: one of `MODELS`, such as "ES-EV-S".
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
-            of `save_sam3`, or "official" for the released weights: a file under `weights_root()`; for SAM3,
-            facebook/sam3 on Hugging Face, which asks for access.
+            of `save_sam3`, "official" for the released weights: a file under `weights_root()`; where SAM3's is not
+            there, facebook/sam3 on Hugging Face, which asks for access; or "mini" for the small SAM3 that ships with
+            this library, which is of scale "mini".
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
         image_size: side of the input, pixels; None is the scale's.
+        taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
+        head_width: channels within the student's head; None is the official width, that of SAM3's trunk.
         memory: of the tracker, a key of `evsam_lib.sam3.memory.MEMORIES`: "full", "perceiver" or "edgetam".
         tokens: a compact memory's tokens a frame; None is its own number (64 for "perceiver").
         windows: tokens of it that keep their place; None is its own number (0 for "perceiver").
@@ -64,15 +74,19 @@ def load_sam3(
     """
     from transformers import Sam3VideoModel
 
-    remembers = {"memory": memory, "tokens": tokens, "windows": windows}
-    config = configuration(name, text, context=context, scale=scale, image_size=image_size, **remembers)
-    if name == TEACHER and weights == "official":
+    scale = "mini" if weights == "mini" else scale
+    trunk, remembers = (
+        {"taps": taps, "head_width": head_width},
+        {"memory": memory, "tokens": tokens, "windows": windows},
+    )
+    config = configuration(name, text, context=context, scale=scale, image_size=image_size, **trunk, **remembers)
+    if name == TEACHER and weights == "official" and not (weights_root() / SAM3_FILE).is_file():
         if memory != "full":
             raise ValueError(f"facebook/sam3 has the full memory, not {memory!r}, which has to be trained.")
         model = _from_hub("facebook/sam3", config)
     else:
-        path = _weights_path(name, weights)
-        state = None if path is None else read_state_dict(path)
+        path = _weights_path(name, weights, config.study["text"])
+        state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
         model = Sam3VideoModel(config)
         model.report = _random_start(model) if state is None else _fill(model, state, path, without)
@@ -91,18 +105,29 @@ def contents(state: dict[str, torch.Tensor]) -> dict[str, str | None]:
         state: names to tensors.
 
     Returns:
-        "image", "text" and "scale"; None where it cannot be told. LiteText's image encoder is SAM3's.
+        "image", "text", "scale", and of a student "taps" and "head"; None where it cannot be told. LiteText's image
+        encoder is SAM3's.
     """
-    image = trunk = None
+    image = trunk = taps = width = None
     if head := _first(state, r"(trunk\.(\w+\.)?model|vision_encoder\.backbone)\.head\.0\.weight$"):
         family = next((name for name, sign in _SIGNS.items() if _first(state, sign)), None)
-        rows = ((name, (row.official[0], row.width)) for name, row in IMAGES.items())
-        image = next((name for name, found in rows if found == (family, head[1].shape[1])), None)
-        trunk = head[1].shape[0]
+        taps, (width, channels) = _taps_of(state), head[1].shape[:2]
+        rows = ((n, (row.official[0], row.width if 32 in taps else row.finer)) for n, row in IMAGES.items())
+        image = next((name for name, found in rows if found == (family, channels)), None)
+        trunk = state[head[0].replace(".head.0.", ".head.3.")].shape[0]
     elif tower := _first(state, r"(patch_embed\.proj|patch_embeddings\.projection)\.weight$"):
         image, trunk = TEACHER, tower[1].shape[0]
     scale = next((name for name, scale in SCALES.items() if scale.trunk[0] == trunk), None)
-    return {"image": image, "text": _text_of(state, scale), "scale": scale}
+    student = {"taps": str(taps), "head": str(width)} if head else {"taps": None, "head": None}
+    return {"image": image, "text": _text_of(state, scale), "scale": scale} | student
+
+
+def _taps_of(state: dict[str, torch.Tensor]) -> tuple[int, ...]:
+    """Files in the official naming have but the last stage's."""
+    if _first(state, r"backbone\.lateral\.0\.weight$"):
+        return (16, 32)
+    own = _first(state, r"backbone\.net\.stages_")
+    return (16,) if own and not _first(state, r"backbone\.net\.stages_3\.") else (32,)
 
 
 _SIGNS = {
@@ -136,18 +161,26 @@ def _random_start(model) -> Report:
     return Report("random start")
 
 
-def _weights_path(name: str, weights: str | Path | None) -> Path | None:
+def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:
     if weights is None:
         return None
+    if weights == "mini":
+        if name != TEACHER:
+            raise ValueError(f"Only SAM3 ships with mini weights, not {name}; notebook 17 trains a student of it.")
+        return SHIPPED / "sam3-mini.safetensors"
     if weights != "official":
         if not Path(weights).is_file():
-            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'official' or None.")
+            raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")
         return Path(weights)
-    if name not in IMAGES:
-        raise ValueError(f"{name} has no file of its own; give the path of one.")
-    path = weights_root() / IMAGES[name].file_name
+    path = weights_root() / (
+        SAM3_FILE if name == TEACHER else IMAGES[name].file_name if name in IMAGES else LITETEXT[text]
+    )
     if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}; download {IMAGES[name].checkpoint} to there.")
+        asked = name if name in IMAGES else f"{name}-{text[-1]}"
+        raise FileNotFoundError(
+            f"No checkpoint at {path}; get it by `python -m evsam_lib.fetch weights {asked}` "
+            "(EVSAM_WEIGHTS_ROOT names the folder)."
+        )
     return path
 
 
@@ -155,7 +188,7 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     """Loads what a file holds, all of it or nothing."""
     study = model.config.study
     report = Report(str(path), renamed=len(state))
-    _check_contents(state, study, str(path))
+    _check_contents(state, model.config, str(path))
     own = model.state_dict()
     _check_memory(state, own, str(path))
     if is_official(state):
@@ -179,15 +212,24 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     return report
 
 
-def _check_contents(state: dict[str, torch.Tensor], study: dict[str, str], source: str) -> None:
+def _check_contents(state: dict[str, torch.Tensor], config, source: str) -> None:
     """Whose weights these are is said in the users' words, before any name is compared."""
-    found = contents(state)
+    found, study, trunk = contents(state), config.study, config.detector_config.vision_config.backbone_config
     image = TEACHER if study["name"] == "LiteText" else study["name"]
     wanted = {"image": image, "text": study["text"], "scale": study["scale"]}
-    for part in ("image", "text", "scale"):
-        if found[part] not in (None, wanted[part]):
-            what = {"image": "image encoder", "text": "text encoder", "scale": "scale"}[part]
-            raise ValueError(f"{source} holds the {what} {found[part]}, the model asked for has {wanted[part]}.")
+    if study["name"] in IMAGES:
+        width = trunk.head_width or trunk.hidden_size
+        wanted |= {"taps": str(tuple(trunk.taps)), "head": str(width)}
+    names = {
+        "image": "image encoder",
+        "text": "text encoder",
+        "scale": "scale",
+        "taps": "taps",
+        "head": "head of width",
+    }
+    for part, value in wanted.items():
+        if found[part] not in (None, value):
+            raise ValueError(f"{source} holds the {names[part]} {found[part]}, the model asked for has {value}.")
 
 
 def _check_memory(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:

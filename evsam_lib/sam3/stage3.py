@@ -21,7 +21,7 @@ from evsam_lib.sam3.losses import Targets, Weights, concept_losses
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.training import Stage, warm_cosine
 from evsam_lib.training.batches import Batches
-from evsam_lib.training.loop import Objective, fit
+from evsam_lib.training.loop import Objective, autocast, fit
 from evsam_lib.training.settings import option
 
 __all__ = ["TRAINED", "ConceptBatch", "ConceptObjective", "ConceptStage", "concept_batches", "train_concepts"]
@@ -160,9 +160,10 @@ class ConceptObjective(Objective):
         return ConceptBatch(batch.places, batch.frames.to(device), image_of, batch.phrases, moved, masked)
 
     def forward(self, batch: ConceptBatch, step: int, part: int) -> dict[str, Tensor]:
-        vision = self.model.detector_model.vision_encoder(batch.frames)
-        text, mask = phrase_features(self.model, batch.phrases)
-        found = detect(self.model, vision, batch.image_of, text, mask, masked=batch.masked)
+        with autocast(self.clock.device, self.settings.amp):
+            vision = self.model.detector_model.vision_encoder(batch.frames)
+            text, mask = phrase_features(self.model, batch.phrases)
+            found = detect(self.model, vision, batch.image_of, text, mask, masked=batch.masked)
         self.clock.mark("student")
         losses = concept_losses(found, batch.targets, self.settings.weights())
         return losses | {"weight": torch.tensor(float(len(batch.phrases)), device=text.device)}

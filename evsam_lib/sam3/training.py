@@ -3,10 +3,12 @@
 What the official code does, and what its documents do not say, are arguments: the squared error summed over channels (a
 thousand times the mean, beside which the cosine term is lost), the consistency of phrases counted twice, images padded
 and normalised as ImageNet's while the finished model gets them stretched. Defaults are what one would want; `official`
-turns each back. Teacher and student see the same pixels. Not rebuilt: the decay of learning rates from layer to layer.
+turns each back. Teacher and student see the same pixels. What comes after stage 1, with prompts in the loop, is
+`evsam_lib.sam3.geometry`. Notebook 17 shows both.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,14 @@ from torch import Tensor, nn
 
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.tokens import tokenize
+from evsam_lib.sam3.zoo import TEACHER
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, cosine, fit
 from evsam_lib.training.settings import Settings, option
 
 __all__ = [
-    "ImageStage", "TextStage", "adopt_heads", "distil_image", "distil_text", "image_loss", "teacher_maps", "text_loss",
-    "training_frame", "trunk_cosine", "warm_cosine",
+    "ImageStage", "Record", "Stage", "Stage1", "TextStage", "adopt_heads", "distil_image", "distil_text", "fit_stage",
+    "image_loss", "teacher_maps", "text_cosine", "text_loss", "training_frame", "trunk_cosine", "warm_cosine",
 ]  # fmt: skip
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # mean, spread
@@ -59,6 +62,7 @@ class TextStage(Stage):
     weight_decay: float = option(0.05, "of weights")
     clip_norm: float = option(1.0, "largest norm of the gradient")
     consistency_weight: float = option(0.1, "see `text_loss`")
+    layer_decay: float = option(1.0, "learning rate of a layer, as a part of the next one's; 0.9 in the official code")
     official: str = option("", "of the official code's ways: see `text_loss`", ("", "consistency"))
 
 
@@ -133,8 +137,8 @@ def image_loss(
     if not valid.any():
         raise ValueError("No cell of the batch shows an image; a loss needs at least one.")
     s, t = student[valid].float(), teacher[valid].float()  # (cells, C)
-    squared = (s - t).square().sum(1)
-    l2 = squared.mean() if official else squared.mean() / s.shape[1]
+    squared = (s - t).square().sum(1).mean()
+    l2 = squared if official else squared / s.shape[1]
     along = F.cosine_similarity(s, t, dim=1).mean()
     return {"loss": l2 + cosine_weight * (1 - along), "l2": l2.detach(), "cosine": along.detach()}
 
@@ -214,11 +218,11 @@ def distil_image(
     side, padded = student.config.image_size, "frame" in settings.official
     trunk, theirs = (model.detector_model.vision_encoder.backbone for model in (student, teacher))
 
-    def make(record: _Record, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def make(record: Record, generator: torch.Generator) -> tuple[Tensor, ...]:
         known = () if targets is None else (targets[record.image_id],)
         return torch.tensor(record.image_id), *training_frame(record.value, side, official=padded), *known
 
-    return _fit(_ImageObjective(trunk, theirs, settings), images, make, settings, out, resume)
+    return fit_stage(_ImageObjective(trunk, theirs, settings), images, make, settings, out=out, resume=resume)
 
 
 @torch.inference_mode()
@@ -228,6 +232,25 @@ def trunk_cosine(student, teacher, images: Sequence[np.ndarray]) -> float:
     frames = [pixels(image, student.config.image_size)[None].to(student.device) for image in images]
     maps = [[trunk(frame).last_hidden_state for trunk in trunks] for frame in frames]
     return float(np.mean([F.cosine_similarity(s, t, dim=-1).mean().item() for s, t in maps]))
+
+
+@torch.inference_mode()
+def text_cosine(student, teacher, phrases: Sequence[str]) -> float:
+    """Mean cosine of student's and teacher's features over the tokens of phrases; the protocol that is reported.
+
+    Raises:
+        ValueError: a phrase that is empty or too long for one of the two.
+    """
+    found = []
+    for model in (student, teacher):
+        detector = model.detector_model
+        context = detector.config.text_config.max_position_embeddings
+        ids, mask = (x.to(model.device) for x in tokenize(list(phrases), context))
+        attended = mask if model.config.study["text"] == TEACHER else None  # students see the filling
+        found.append(detector.get_text_features(ids, attention_mask=attended).pooler_output)
+    length = min(x.shape[1] for x in found)
+    along = F.cosine_similarity(*(x[:, :length] for x in found), dim=-1)
+    return along[tokenize(list(phrases), length)[1].bool().to(along.device)].mean().item()
 
 
 def distil_text(
@@ -255,38 +278,71 @@ def distil_text(
     length = min(context, wide)
     tokenize(list(phrases), length)  # every phrase, before the first step
 
-    def make(record: _Record, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def make(record: Record, generator: torch.Generator) -> tuple[Tensor, ...]:
         words = record.value.split()
         mixed = " ".join(words[i] for i in torch.randperm(len(words), generator=generator))
         ids = (tokenize([text], context)[0][0] for text in (record.value, mixed))
         return torch.tensor(record.image_id), *(x[0] for x in tokenize([record.value], wide)), *ids
 
-    return _fit(
-        _TextObjective(detector, teacher.detector_model, length, settings), phrases, make, settings, out, resume
-    )
+    objective = _TextObjective(detector, teacher.detector_model, length, settings)
+    return fit_stage(objective, phrases, make, settings, out=out, resume=resume)
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """An image or a phrase, and its place."""
 
     image_id: int
     value: Any
 
 
-def _fit(objective: "_Stage1", values: Sequence, make, settings: Stage, out: str | Path, resume: bool) -> pd.DataFrame:
-    records = [_Record(i, value) for i, value in enumerate(values)]
-    settings = settings.complete(model="", images=len(records))
+def fit_stage(
+    objective: "Stage1",
+    values: Sequence,
+    make: Callable[[Record, torch.Generator], tuple[Tensor, ...]],
+    settings: Stage,
+    *,
+    out: str | Path,
+    resume: bool = False,
+) -> pd.DataFrame:
+    """Runs `training.loop.fit` over images, scenes or phrases that are at hand.
+
+    Args:
+        objective: what is trained, for what.
+        values: one a sample; made when asked for, if the sequence does so.
+        make: record and generator -> tensors, of equal shapes for all samples, the record's `image_id` first.
+        settings: how long, how fast.
+        out: folder of logs and checkpoints.
+        resume: go on from the last checkpoint in `out`.
+    """
+    records = _Records(values)
+    objective.settings = settings = settings.complete(model="", images=len(records))
     record = {"stage": type(settings).__name__, "images": len(records)}
     return fit(objective, Batches(records, make, _stacked), settings, out=out, record=record, resume=resume)
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Values that may be made only when they are asked for."""
+
+    values: Sequence
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, place: int) -> Record:
+        return Record(place, self.values[place])
 
 
 def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
 
 
-class _Stage1(Objective):
-    """What both students share: batches that are tuples, places first, and the schedule."""
+class Stage1(Objective):
+    """What trainings against a teacher share: batches that are tuples, places first, and the schedule.
+
+    A stage overrides `with_target`: the tensors of a batch, places left out -> what `forward` takes after the places.
+    """
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: Stage) -> None:
         super().__init__(model)
@@ -307,7 +363,7 @@ class _Stage1(Objective):
         return batch[0].tolist()
 
 
-class _ImageObjective(_Stage1):
+class _ImageObjective(Stage1):
     columns = ("loss", "l2", "cosine")
 
     def with_target(self, frames: Tensor, valid: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -322,13 +378,23 @@ class _ImageObjective(_Stage1):
         return image_loss(seen, wanted, valid, **ways) | {"weight": valid.sum().float()}
 
 
-class _TextObjective(_Stage1):
+class _TextObjective(Stage1):
     columns = ("loss", "l2", "cosine", "consistency")
     trained = ("text_",)
 
     def __init__(self, detector: nn.Module, teacher: nn.Module, length: int, settings: TextStage) -> None:
         super().__init__(detector, teacher, settings)
         self.length = length
+
+    def share(self, name: str) -> float:
+        """The embeddings learn slowest, the last norm and the projection at the full rate."""
+        layer = re.match(r"text_encoder\.layers\.(\d+)\.", name)
+        above = len(self.model.text_encoder.layers)
+        if layer:
+            above -= int(layer[1]) + 1
+        elif not name.startswith("text_encoder.embeddings."):
+            return 1.0
+        return self.settings.layer_decay ** (above + 1)
 
     def train_mode(self) -> None:
         self.model.eval()

@@ -8,6 +8,7 @@ that it runs on a CPU in seconds. Notebook 16 counts every row.
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONTEXTS",
+    "FINE_TUNED",
     "IMAGES",
+    "LITETEXT",
     "MODELS",
     "SCALES",
     "TEACHER",
@@ -27,7 +30,6 @@ __all__ = [
     "configuration",
 ]
 
-EFFICIENTSAM3_URL = "https://huggingface.co/Simon7108528/EfficientSAM3/resolve/main/stage1_all_converted"
 VOCABULARY = 49_408  # CLIP's byte pairs
 
 
@@ -38,19 +40,16 @@ class ImageRow:
     Attributes:
         backbone: its name in timm.
         width: channels of its last stage, by which a file is recognised.
+        finer: channels of the stage before, likewise.
         official: `backbone_type` and `model_name` of EfficientSAM3's builder.
         file_name: of the released stage 1 weights.
     """
 
     backbone: str
     width: int
+    finer: int
     official: tuple[str, str]
     file_name: str
-
-    @property
-    def checkpoint(self) -> str:
-        """Address of the released weights."""
-        return f"{EFFICIENTSAM3_URL}/{self.file_name}"
 
 
 @dataclass(frozen=True)
@@ -103,26 +102,36 @@ class Scale:
     text_share: float = 1.0
 
 
-# Family, short name, then for S, M, L: the variant in EfficientSAM3's builder, the name in timm, the last channels.
+# Family, short name, then for S, M, L: the variant in EfficientSAM3's builder, the name in timm, the last channels and
+# those before.
 _FAMILIES = (
-    ("efficientvit", "EV", ("b0", "b1", "b2"), "efficientvit_{}", (128, 256, 384)),
-    ("repvit", "RV", ("m0.9", "m1.1", "m2.3"), "repvit_{}", (384, 512, 640)),
-    ("tinyvit", "TV", ("5m", "11m", "21m"), "tiny_vit_{}_224", (320, 448, 576)),
+    ("efficientvit", "EV", ("b0", "b1", "b2"), "efficientvit_{}", (128, 256, 384), (64, 128, 192)),
+    ("repvit", "RV", ("m0.9", "m1.1", "m2.3"), "repvit_{}", (384, 512, 640), (192, 256, 320)),
+    ("tinyvit", "TV", ("5m", "11m", "21m"), "tiny_vit_{}_224", (320, 448, 576), (160, 256, 384)),
 )
 IMAGES: dict[str, ImageRow] = {
     f"ES-{short}-{size}": ImageRow(
         timm.format(variant.replace(".", "_")),
         width,
+        finer,
         (family, variant),
         f"efficient_sam3_{family}_{size.lower()}.pt",
     )
-    for family, short, variants, timm, widths in _FAMILIES
-    for size, variant, width in zip("SML", variants, widths, strict=True)
+    for family, short, variants, timm, widths, before in _FAMILIES
+    for size, variant, width, finer in zip("SML", variants, widths, before, strict=True)
 }
 TEXTS: dict[str, TextRow] = {
     "ES-MC-S": TextRow("MobileCLIP-S0", 512, 8, 6, repmixer=True),
     "ES-MC-M": TextRow("MobileCLIP-S1", 512, 8, 12),
     "ES-MC-L": TextRow("MobileCLIP2-L", 768, 12, 12),
+}
+# Other released files: students fine-tuned by clicks and boxes; SAM3's image tower with a student's text of 16 tokens.
+FINE_TUNED: dict[str, str] = {
+    name: IMAGES[name].file_name.replace(".pt", "_geo_ft.pt") for name in ("ES-EV-M", "ES-RV-M", "ES-TV-M")
+}
+LITETEXT: dict[str, str] = {
+    text: f"efficient_sam3_image_encoder_{size}_ctx16.pt"
+    for text, size in zip(TEXTS, ("mobileclip_s0", "mobileclip_s1", "mobileclip2_l"), strict=True)
 }
 TEACHER = "SAM3"
 MODELS: tuple[str, ...] = (TEACHER, "LiteText", *IMAGES)
@@ -133,7 +142,7 @@ SCALES: dict[str, Scale] = {
         1008, (1024, 4736, 32, 16, 24, (7, 15, 23, 31)), 256, 8, 6, 3, 200, 2048, (1024, 24, 16), 4
     ),  # transformers' defaults are SAM3's
     # width: transformers cuts an object's pointer into pieces of 64, and fails where there is but one
-    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 3)), 128, 4, 2, 1, 16, 256, (64, 2, 4), 1, text_share=0.125),
+    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 2, 3)), 128, 4, 2, 1, 16, 256, (64, 2, 4), 1, text_share=0.125),
 }
 PATCH = 14
 
@@ -145,6 +154,8 @@ def configuration(
     context: int | None = None,
     scale: str = "full",
     image_size: int | None = None,
+    taps: Sequence[int] = (32,),
+    head_width: int | None = None,
     memory: str = "full",
     tokens: int | None = None,
     windows: int | None = None,
@@ -158,19 +169,22 @@ def configuration(
         scale: "full" or "mini".
         image_size: side of the input in pixels, a multiple of 14, for SAM3's image tower of 14 times its window (336,
             mini 56); None is the scale's (1008, mini 168).
+        taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
+        head_width: channels within its head; None is the official width, that of SAM3's trunk.
         memory: a key of `evsam_lib.sam3.memory.MEMORIES`: SAM3's own ("full") or a compact one.
         tokens: a compact memory's tokens a frame; None is the memory's own number.
         windows: tokens of it that keep their place; None is the memory's own number.
 
     Raises:
-        ValueError: an unknown name, text, scale or memory; a context, an image size or tokens that it cannot have.
+        ValueError: an unknown name, text, scale or memory; a context, an image size, taps, a head or tokens that it
+            cannot have.
     """
     from transformers import Sam3VideoConfig
 
     text = checked_text(name, text)
     scale = _chosen(scale, SCALES, "scale")
     size = SCALES[scale].image_size if image_size is None else image_size
-    vision = _vision(name, SCALES[scale], size)
+    vision = _vision(name, SCALES[scale], size, _taps(name, taps, head_width), head_width)
     detector = _detector(vision, text, _context(text, context), SCALES[scale])
     small = {} if scale == "full" else {"fill_hole_area": 0}
     config = Sam3VideoConfig(
@@ -215,7 +229,19 @@ def _context(text: str, context: int | None) -> int:
     return CONTEXTS[0] if context is None else context
 
 
-def _vision(name: str, scale: Scale, size: int):
+def _taps(name: str, taps: Sequence[int], head_width: int | None) -> tuple[int, ...]:
+    from evsam_lib.sam3.trunk import TAPS
+
+    if tuple(taps) not in TAPS:
+        raise ValueError(f"taps must be one of {', '.join(map(str, TAPS))}, in pixels a cell; got {tuple(taps)}.")
+    if head_width is not None and head_width < 1:
+        raise ValueError(f"head_width must be at least 1 channel, got {head_width}.")
+    if name not in IMAGES and (tuple(taps) != TAPS[0] or head_width is not None):
+        raise ValueError(f"{name} keeps SAM3's image tower, which has no taps and no head; choose an ES- student.")
+    return tuple(taps)
+
+
+def _vision(name: str, scale: Scale, size: int, taps: tuple[int, ...], head_width: int | None):
     from transformers import Sam3VisionConfig, Sam3ViTConfig
 
     from evsam_lib.sam3.trunk import StudentTrunkConfig
@@ -225,7 +251,9 @@ def _vision(name: str, scale: Scale, size: int):
     if size < step or size % step:
         raise ValueError(f"{name} takes images whose side is a multiple of {step} pixels, not {size}.")
     if name in IMAGES:
-        trunk = StudentTrunkConfig(backbone=IMAGES[name].backbone, hidden_size=width, image_size=size)
+        trunk = StudentTrunkConfig(
+            backbone=IMAGES[name].backbone, hidden_size=width, image_size=size, taps=taps, head_width=head_width
+        )
     else:
         trunk = Sam3ViTConfig(
             hidden_size=width,

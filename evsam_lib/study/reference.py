@@ -1,8 +1,8 @@
 """The numbers printed in the paper, and the verdict on each of ours.
 
-The paper is EfficientViT-SAM (Zhang, Cai and Han, 2024); beside it stand the sizes that EfficientSAM3's documents state
-(`efficientsam3.csv`, where `page` names the document). The numbers live once, in `results/reference/*.csv`, one row
-per printed cell. Explained in notebooks 00_start_here and 20_report.
+The paper is EfficientViT-SAM (Zhang, Cai and Han, 2024); beside it stand the sizes and scores that the documents of
+EfficientSAM3 and SAM3 state (`efficientsam3*.csv`, where `page` names the document). The numbers live once, in
+`results/reference/*.csv`, one row per printed cell. Explained in notebooks 00_start_here and 20_report.
 
 A verdict is one of
     match                   within half a unit of the last printed digit
@@ -38,6 +38,9 @@ _NEEDS = {
     "params": "the model's definition",
     "MACs": "the model's definition",
     "efficientsam3": "the models' definitions",
+    "efficientsam3_boxes": "COCO val2017 and released weights",
+    "efficientsam3_concepts": "SA-Co Gold and released weights, whose owners give access on request",
+    "efficientsam3_texts": "SA-Co VEval's noun phrases and released weights",
     "throughput": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "speed-up": "TensorRT on an NVIDIA GPU (the paper's is an A100)",
     "table5": "COCO val2017, detector boxes and released weights",

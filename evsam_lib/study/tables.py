@@ -12,7 +12,14 @@ import pandas as pd
 __all__ = ["COLUMNS", "MINI", "digits", "origin_line", "pipes", "read_table", "result_markdown", "title", "wide"]
 
 COLUMNS = ["table", "row", "column", "value", "unit", "n", "spread", "profile", "status", "run_id"]
-_TITLES = {"sginw": "SGinW (Section 4.4)", "text": "Numbers in the text", "efficientsam3": "EfficientSAM3"}
+_TITLES = {
+    "sginw": "SGinW (Section 4.4)",
+    "text": "Numbers in the text",
+    "efficientsam3": "EfficientSAM3: sizes",
+    "efficientsam3_boxes": "EfficientSAM3: true boxes on COCO",
+    "efficientsam3_concepts": "SAM3 and EfficientSAM3: phrases on SA-Co Gold",
+    "efficientsam3_texts": "EfficientSAM3: text students against SAM3's",
+}
 MINI = (
     "**Profile `mini`: small models on generated data. These numbers show that the study runs; none of them is a "
     "result of the paper, and only counts that follow from an architecture alone (parameters, MACs) are compared "

@@ -79,6 +79,10 @@ class Objective(nn.Module):
         """Factor of the learning rate at a step, 0-based."""
         return cosine(step, steps)
 
+    def share(self, name: str) -> float:
+        """Factor of the learning rate of one parameter, by its name."""
+        return 1.0
+
     def image_ids(self, batch: Any) -> list[int]:
         """Of the images of a batch."""
         return batch.image_ids.tolist()
@@ -99,7 +103,7 @@ class _Run:
     def __post_init__(self) -> None:
         wanted = self.objective.trained or ("",)
         self.named = [(n, p) for n, p in self.objective.model.named_parameters() if n.startswith(wanted)]
-        groups = parameter_groups(self.named, weight_decay=self.settings.weight_decay)
+        groups = parameter_groups(self.named, weight_decay=self.settings.weight_decay, share=self.objective.share)
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, betas=BETAS, eps=EPS)
 
     def wrap(self) -> None:
@@ -199,26 +203,32 @@ def read_log(out: str | Path) -> pd.DataFrame:
     return log.merge(timing, on="step", how="left")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: float, share: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
     """Split parameters into those that decay and those that do not, by name, as the official trainer does.
 
     Args:
         named: (name, parameter) pairs of a model; those without `requires_grad` are left out.
         weight_decay: for names containing neither "norm" nor "bias".
+        share: name -> factor of the learning rate, kept in the group as "share".
 
     Returns:
-        One or two optimizer groups.
+        One or two optimizer groups for each factor.
 
     Raises:
         ValueError: no parameter is left.
     """
-    groups: dict[bool, list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
-            groups.setdefault(any(part in name for part in NO_DECAY), []).append(parameter)
+            groups.setdefault((any(part in name for part in NO_DECAY), share(name)), []).append(parameter)
     if not groups:
         raise ValueError("nothing to train: no parameter of the chosen part requires a gradient")
-    return [{"params": group, "weight_decay": 0.0 if plain else weight_decay} for plain, group in groups.items()]
+    return [
+        {"params": group, "weight_decay": 0.0 if plain else weight_decay, "share": factor}
+        for (plain, factor), group in groups.items()
+    ]
 
 
 def cosine(step: int, steps: int) -> float:
@@ -243,8 +253,9 @@ def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str,
     """One optimizer step; returns its row of the log."""
     objective, settings, ranks = run.objective, run.settings, run.ranks
     clock, ids, sums = objective.clock, [], 0
+    lr = settings.lr * objective.rate(step, settings.steps)
     for group in run.optimizer.param_groups:
-        group["lr"] = settings.lr * objective.rate(step, settings.steps)
+        group["lr"] = lr * group["share"]
     run.optimizer.zero_grad(set_to_none=True)
     for part in range(passes):
         batch = next(stream)
@@ -275,7 +286,7 @@ def _step(run: _Run, stream: Iterator[Any], passes: int, step: int) -> dict[str,
         average = [run.ema[name] for name, _ in run.named]
         torch._foreach_lerp_(average, [parameter.detach() for _, parameter in run.named], 1 - settings.ema)
     clock.mark("update")
-    return row | {"lr": run.optimizer.param_groups[0]["lr"]}
+    return row | {"lr": lr}
 
 
 def _stop_unless_finite(row: dict[str, float], ids: list[int], ranks: Ranks) -> None:
