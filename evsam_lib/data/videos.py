@@ -7,7 +7,7 @@ fourth frame, beside an mp4, whose frames have to be extracted to `JPEGImages_24
 number the objects. Notebook 18 reads both real and generated ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,24 +44,12 @@ class Video:
     annotated: list[int]
     _read: Callable[[int], np.ndarray] = field(repr=False)
 
-    @cached_property
-    def frames(self) -> list[np.ndarray]:
-        """T times (H, W, 3) uint8.
+    @property
+    def frames(self) -> Sequence[np.ndarray]:
+        """T times (H, W, 3) uint8, read when looked at; a ValueError where one is not of the size of the first."""
+        return _Frames(self.paths)
 
-        Raises:
-            ValueError: sizes differ, or a picture cannot be read.
-        """
-        frames = [read_rgb(path) for path in self.paths]
-        for path, frame in zip(self.paths, frames, strict=True):
-            if frame.shape != frames[0].shape:
-                height, width = frames[0].shape[:2]
-                raise ValueError(
-                    f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, the first frame is {width} x {height}; "
-                    "all frames of a video must have one size."
-                )
-        return frames
-
-    @cached_property
+    @property
     def masks(self) -> np.ndarray:
         """(N, T, H, W) bool, nothing in frames that are not annotated.
 
@@ -85,6 +73,29 @@ class Video:
         """The frame in which each object is first seen; -1 for one that never is."""
         seen = self.masks.any((2, 3))
         return [int(row.argmax()) if row.any() else -1 for row in seen]
+
+
+class _Frames(Sequence):
+    """Pictures on disk, all of one size."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, t):
+        if isinstance(t, slice):
+            return _Frames(self.paths[t])
+        frame = read_rgb(self.paths[t])
+        with Image.open(self.paths[0]) as first:  # reads the head of the file only
+            width, height = first.size
+        if frame.shape[:2] != (height, width):
+            raise ValueError(
+                f"{self.paths[t]} is {frame.shape[1]} x {frame.shape[0]} pixels, the first frame is "
+                f"{width} x {height}; all frames of a video must have one size."
+            )
+        return frame
 
 
 def read_videos(root: str | Path) -> list[Video]:

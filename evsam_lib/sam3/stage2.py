@@ -85,12 +85,18 @@ class MemoryStage(Stage):
 
 @dataclass(frozen=True)
 class _Record:
-    """Clip number `image_id`, its frames with masks, and levels (T, C, h, w) float16 of these, or None."""
+    """Clip number `image_id`, numbers of its frames with masks and, if kept, what is needed of these.
+
+    Attributes:
+        levels: (T, C, h, w) float16 each.
+        masks: (N, T, H, W) bool.
+    """
 
     image_id: int
     clip: Any
     times: list[int]
     levels: list[Tensor] | None
+    masks: np.ndarray | None
 
 
 class ClipSet:
@@ -112,8 +118,8 @@ class ClipSet:
         self.records, self.side, self.nbytes = [], model.config.image_size, 0
         for number, clip in enumerate(clips):
             times = list(getattr(clip, "annotated", range(len(clip.frames))))
-            levels = self._maps(model, clip, times) if kept else None
-            self.records.append(_Record(number, clip, times, levels))
+            levels, masks = (self._maps(model, clip, times), clip.masks[:, times]) if kept else (None, None)
+            self.records.append(_Record(number, clip, times, levels, masks))
             self.nbytes += sum(level.nbytes for level in levels or ())
 
     @torch.no_grad()
@@ -244,7 +250,9 @@ def _window(record: _Record, settings: MemoryStage, side: int, generator: torch.
 
     Returns the clip's number, its maps or, where they are not kept, its frames (T, 3, S, S), and masks (N, T, S, S).
     """
-    count, masks = len(record.times), record.clip.masks[:, record.times]
+    count, masks = len(record.times), record.masks
+    if masks is None:
+        masks = record.clip.masks[:, record.times]
     draws = torch.rand(2 + len(masks), generator=generator)
     order = torch.arange(count) if draws[0] < 0.5 else torch.arange(count).flip(0)
     starts = count - settings.frames + 1
