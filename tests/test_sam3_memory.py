@@ -1,5 +1,6 @@
 """Stage 2: clips, videos on disk, J and F, the compact memory, and a memory that learns from another."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from evsam_lib.data.videos import read_videos, write_videos
 from evsam_lib.evaluate.video import boundary_f, fates, mean_jf, region_j, score_video
 from evsam_lib.sam3 import VideoPredictor, load_sam3, stage2
 from evsam_lib.sam3.load import save_sam3
+from evsam_lib.sam3.memory import Perceiver
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.propagation import Seen, Tracks, first_masks, follow, video_maps
 from evsam_lib.sam3.teach_memory import start_memory
@@ -232,6 +234,32 @@ def test_the_memory_has_as_many_tokens_as_asked_for(full, compact, clips):
             tracks.start(first_masks(clips[0].masks[[0, 0], 0], 112))
         memory, places, pointers = tracks._memory(1)
         assert memory.shape == places.shape == (tokens + pointers, 2, 64) and pointers == 2
+
+
+def test_with_one_head_and_one_object_the_perceiver_is_transformers(compact):
+    from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoPerceiverResampler
+
+    config = copy.deepcopy(compact.tracker_model.config)
+    config.perceiver_resampler_num_attention_heads, config.perceiver_resampler_attention_head_dim = 1, 64
+    ours, theirs = Perceiver(config), EdgeTamVideoPerceiverResampler(config)
+    theirs.load_state_dict(ours.state_dict())
+    maps = torch.randn(2, 1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for mine, official in zip(ours(*maps), theirs(*maps), strict=True):
+            assert mine.shape == (1, 21, 64)
+            torch.testing.assert_close(mine[:, :5], official[:, :5])
+            torch.testing.assert_close(mine, official, rtol=1e-4, atol=1e-4)
+
+
+def test_eight_heads_and_many_objects_as_torchs_attention(compact):
+    """transformers' class mixes up heads and tokens here."""
+    ours = compact.tracker_model.perceiver.layers[0].cross_attention
+    theirs = torch.nn.MultiheadAttention(64, 8, bias=False, batch_first=True)
+    theirs.in_proj_weight.data = torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]).detach()
+    theirs.out_proj.weight.data = ours.o_proj.weight.detach()
+    query, cells = torch.randn(2, 3, 5, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(query, cells, cells), theirs(query, cells, cells)[0])
 
 
 def test_window_latents_are_turned_to_the_middle_of_their_windows(compact):

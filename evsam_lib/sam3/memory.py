@@ -13,11 +13,16 @@ from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoPerceiverResampler, window_partition
+from transformers.models.edgetam_video.modeling_edgetam_video import (
+    EdgeTamVideoPerceiverAttention,
+    EdgeTamVideoPerceiverResampler,
+    window_partition,
+)
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
     Sam3TrackerVideoMemoryAttention,
     Sam3TrackerVideoRoPEAttention,
@@ -137,8 +142,28 @@ class PerceiverTracker(Sam3TrackerVideoModel):
         return latents.transpose(0, 1).to(memory.dtype), places.transpose(0, 1).to(positions.dtype)
 
 
+class PerceiverAttention(EdgeTamVideoPerceiverAttention):
+    """transformers' own mixes up heads and tokens where there is more than one head (5.23); EdgeTAM has one."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, positional_encoding: Tensor | None = None, **unused
+    ) -> Tensor:
+        """(B, queries, 64) from keys and values (B, cells, 64); places (B, cells, 64) are added to both, projected."""
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        if positional_encoding is not None:
+            k, v = k + positional_encoding, v + positional_encoding
+        q, k, v = (x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)  # (B, heads, queries, 64 / heads)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
 class Perceiver(EdgeTamVideoPerceiverResampler):
-    """transformers' perceiver for many objects at once; its own windows take one (transformers 5.23)."""
+    """transformers' perceiver for many heads and many objects; its own windows take one object (5.23)."""
+
+    def __init__(self, config: PerceiverTrackerConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.cross_attention, layer.self_attention = PerceiverAttention(config), PerceiverAttention(config)
 
     def _forward_2d(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 64, h, w) -> latents of windows (B, windows, 64), row by row, and their positions, likewise."""
