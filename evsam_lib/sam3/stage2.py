@@ -146,6 +146,11 @@ def adopt_memory(student, teacher) -> list[str]:
     return rest
 
 
+def memory_weights(model) -> dict[str, Tensor]:
+    """What stage 2 trains, by the model's names."""
+    return {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(MEMORY)}
+
+
 def conditioned_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """How far features after the attention to memories are from the teacher's.
 

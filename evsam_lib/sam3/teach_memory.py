@@ -19,7 +19,7 @@ from torch import nn
 from evsam_lib.data.clips import clip
 from evsam_lib.evaluate.video import mean_jf
 from evsam_lib.sam3.load import load_sam3
-from evsam_lib.sam3.stage2 import DECODER, MEMORY, ClipSet, MemoryStage, train_memory, video_scores
+from evsam_lib.sam3.stage2 import DECODER, MEMORY, ClipSet, MemoryStage, memory_weights, train_memory, video_scores
 
 __all__ = ["main", "start_memory"]
 
@@ -57,8 +57,9 @@ def main() -> None:
     held_out = [clip(SEED, HELD_OUT + i, size=(side, side)) for i in range(24)]
     report = {name: str(value) for name, value in vars(options).items() if name != "out"}
     report |= {"seed": SEED, "loss": float(log.loss.tail(50).mean()), **mean_jf(video_scores(model, held_out))}
-    trained = MEMORY + (DECODER if options.decoder else ())
-    state = {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(trained)}
+    state = memory_weights(model)
+    if options.decoder:
+        state |= {name: value.contiguous() for name, value in model.state_dict().items() if name.startswith(DECODER)}
     save_file(state, options.out / "memory.safetensors")
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
