@@ -342,6 +342,14 @@ def test_a_compact_memory_learns_from_the_full_one(full, clips, tmp_path):
     student = load_sam3("SAM3", scale="mini", image_size=112, **COMPACT)
     own = stage2.adopt_memory(student, full)
     assert own and all("perceiver" in name for name in own)
+    perceiver = student.tracker_model.perceiver
+    with torch.no_grad():
+        perceiver.latents_1d.zero_()
+        perceiver.latents_2d.zero_()
+        flat = perceiver(torch.ones(1, 64, 8, 8) * torch.arange(64.0).view(1, -1, 1, 1))[0]
+        wanted = torch.nn.functional.layer_norm(torch.arange(64.0), (64,))
+    torch.testing.assert_close(flat, wanted.expand_as(flat), rtol=1e-3, atol=1e-3)  # the mean of what all cells say
+    perceiver.latents_2d.data.normal_(std=0.1)
     data = stage2.ClipSet(full, clips)
     before = {k: v.clone() for k, v in student.state_dict().items()}
     settings = stage2.MemoryStage(steps=6, batch_size=2, lr=3e-3, frames=3, objects=1, masks_weight=0.0)

@@ -128,10 +128,13 @@ class ClipSet:
         return [level[0].half().cpu() for level in video_maps(model, frames[None].to(model.device)).levels]
 
 
+@torch.no_grad()
 def adopt_memory(student, teacher) -> list[str]:
     """Copies all of the teacher that the student has in the same shape; returns what stays the student's own.
 
-    With the perceiver of EfficientSAM3 these are the perceiver and, at full scale, the narrower feed-forward layers.
+    With EfficientSAM3's memory these are the perceiver and, at full scale, the narrower feed-forward layers. The
+    perceiver starts as a mean: what a latent reads is passed on as it is, and all that is added to it begins at 0.
+    (transformers draws its weights so small that for long every memory would look the same.)
 
     Raises:
         ValueError: the two differ in more than the memory.
@@ -143,6 +146,14 @@ def adopt_memory(student, teacher) -> list[str]:
     if odd:
         raise ValueError(f"Student and teacher differ beyond the memory, in {len(odd)} tensors, first {odd[0]}.")
     student.load_state_dict(alike, strict=False)
+    perceiver = getattr(student.tracker_model, "perceiver", None)
+    for name, parameter in perceiver.named_parameters() if perceiver else ():
+        if name.startswith("latents"):
+            parameter.mul_(0.1)
+        elif name.endswith(("cross_attention.v_proj.weight", "cross_attention.o_proj.weight")):
+            nn.init.eye_(parameter)
+        elif name.endswith(("self_attention.o_proj.weight", "down_proj.weight")):
+            nn.init.zeros_(parameter)
     return rest
 
 
