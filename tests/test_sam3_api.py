@@ -216,7 +216,7 @@ def test_official_state_has_its_keys(official_names):
     model = build_efficientsam3_image_model(
         device="cpu", backbone_type="repvit", model_name="m0_9", text_encoder_type="MobileCLIP-S0"
     )
-    with pytest.raises(ValueError, match="built for 224 pixels, the processor is asked for 1008"):
+    with pytest.raises(ValueError, match="built for 168 pixels, the processor is asked for 1008"):
         Official(model, resolution=1008)
     processor = Official(model, confidence_threshold=0.0)
     with pytest.raises(ValueError, match="call set_image first"):

@@ -1,5 +1,6 @@
 """Stage 3: matcher and losses by hand, phrases that share an image, SA-Co's files, training that gets somewhere."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,7 +13,9 @@ from evsam_lib.sam3.answers import AS_TRAINED, WITHOUT, Answer, answers, calibra
 from evsam_lib.sam3.detect import Found, detect, phrase_features
 from evsam_lib.sam3.losses import Targets, Weights, concept_losses, giou, match_many, match_one, xyxy
 from evsam_lib.sam3.processor import pixels
+from evsam_lib.sam3.ship import join, packed, unpacked
 from evsam_lib.sam3.stage3 import TRAINED, ConceptStage, concept_batches, mask_boxes, train_concepts
+from evsam_lib.sam3.tokens import tokenize
 
 SIDE = 112
 
@@ -130,10 +133,12 @@ def test_losses_of_perfect_and_of_hopeless_answers(toy):
     logits, presence = torch.tensor([[9.0, -9.0, 9.0, -9.0], [9.0] * 4]), torch.tensor([9.0, -9.0])
     masks = torch.full((1, 4, 8, 8), -9.0)
     masks[0, 2, :4, :4], masks[0, 0, 4:, 4:] = 9.0, 9.0
-    found = Found(logits[None], boxes[None], presence[None], masks, torch.tensor([0]), torch.zeros(2, 1, 1))
+    found = Found(
+        logits[None], boxes[None], presence[None], masks, masks[:, :1], torch.tensor([0]), torch.zeros(2, 1, 1)
+    )
     good = concept_losses(found, targets, Weights())
     assert good["loss"] < 0.05 and good["box"] == 0 and good["giou"] == pytest.approx(0, abs=1e-6)
-    bad = Found(-logits[None], boxes[None].flip(3), -presence[None], -masks, found.masked, found.cells)
+    bad = Found(-logits[None], boxes[None].flip(3), -presence[None], -masks, -masks[:, :1], found.masked, found.cells)
     worse = concept_losses(bad, targets, Weights())
     assert all(worse[name] > good[name] for name in ("loss", "giou", "klass", "presence", "mask", "dice"))
     # The second phrase names nothing: its queries' confidence costs nothing, that is for its presence to say.
@@ -146,7 +151,7 @@ def test_a_batch_without_any_instance_has_a_loss(toy):
     targets.exists[:] = False
     found = Found(
         torch.zeros(1, 2, 4, requires_grad=True), boxes[None], torch.zeros(1, 2), torch.zeros(0, 4, 8, 8),
-        torch.zeros(0, dtype=torch.long), torch.zeros(2, 1, 1),
+        torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), torch.zeros(2, 1, 1),
     )  # fmt: skip
     losses = concept_losses(found, targets, Weights(presence=1.0))
     assert losses["loss"].item() == pytest.approx(np.log(2)) and losses["klass"] == 0
@@ -193,15 +198,24 @@ def test_a_batch_holds_both_kinds_of_phrases(images):
     assert area == pytest.approx(samples[0][2][0].masks[0].mean(), rel=0.1)
 
 
-def test_stage_3_lowers_its_loss_and_trains_what_it_is_told_to(model, images, tmp_path):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    settings = ConceptStage(steps=10, batch_size=2, lr=1e-3, phrases=4, masked=1, batchnorm="frozen")
+def test_stage_3_lowers_its_loss(model, images, tmp_path):
+    before = copy.deepcopy(model.state_dict())
+    settings = ConceptStage(steps=8, batch_size=2, lr=1e-3, phrases=4, masked=1, train="detector", batchnorm="frozen")
     log = train_concepts(model, images, settings, out=tmp_path)
-    assert log.loss.tail(3).mean() < 0.9 * log.loss.head(3).mean()
-    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    assert changed and all(key.startswith(TRAINED["trunk+neck"]) for key in changed)
-    assert not any("running_" in key for key in changed), "batch norms are frozen"
     model.load_state_dict(before)
+    assert log.loss.tail(2).mean() < 0.85 * log.loss.head(2).mean()
+    assert {"box", "giou", "klass", "presence", "mask", "dice"} <= set(log.columns)
+
+
+@pytest.mark.parametrize("part", ["trunk+neck", "presence"])
+def test_only_what_is_told_to_learns(model, images, tmp_path, part):
+    before = copy.deepcopy(model.state_dict())
+    settings = ConceptStage(steps=1, batch_size=1, lr=1e-3, phrases=2, masked=1, train=part, batchnorm="frozen")
+    train_concepts(model, images, settings, out=tmp_path)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    model.load_state_dict(before)
+    assert changed and all(key.startswith(TRAINED[part]) for key in changed)
+    assert not any("running_" in key for key in changed), "batch norms are frozen"
 
 
 def test_what_learns_is_a_choice_by_name():
@@ -238,3 +252,42 @@ def test_a_broken_presence_is_mended_by_calibration():
     assert calibrate(found).shift / calibrate(found).scale == pytest.approx(3.0, abs=0.3)
     with pytest.raises(ValueError, match="positive and negative pairs"):
         calibrate(found[:5])
+
+
+# ---- the teacher's file
+
+
+def test_parts_are_joined_once_each():
+    whole = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    joined = join(whole, [{"a": torch.ones(2)}, {"b": torch.ones(3)}])
+    assert joined["a"].sum() == 2 and joined["b"].sum() == 3 and whole["a"].sum() == 0
+    with pytest.raises(ValueError, match="do not fit the model, first c"):
+        join(whole, [{"c": torch.ones(2)}])
+    with pytest.raises(ValueError, match="do not fit the model, first a"):
+        join(whole, [{"a": torch.ones(3)}])
+    with pytest.raises(ValueError, match="Two parts hold 1 tensors, first a"):
+        join(whole, [{"a": torch.ones(2)}, {"a": torch.ones(2)}])
+
+
+def test_a_packed_table_keeps_the_words_in_use():
+    key = "text.token_embedding.weight"
+    table = torch.randn(1000 + 48_408, 4).half().float()
+    small = packed({key: table, "n": torch.ones(1, dtype=torch.long)}, ["red disc"])
+    assert small[key].shape == (5, 4)  # filling, begin, two words, end
+    back = unpacked(small, len(table))
+    ids = tokenize(["red disc"], 16)[0][0]
+    assert torch.equal(back[key][ids], table[ids]) and back[key].abs().sum(1).count_nonzero() == 5
+    large = torch.randn(300, 300, generator=torch.Generator().manual_seed(0))
+    back |= unpacked(packed({"w": large}, ["disc"]), 9)
+    assert (back["w"] - large).abs().max() < 0.02 and not torch.equal(back["w"], large)
+    assert set(back) == {key, "n", "w"} and unpacked({key: table}, len(table))[key] is table
+
+
+def test_the_shipped_teacher_finds_concepts():
+    """Far from chance on scenes that nobody trained on; provenance.json has the figures on a hundred."""
+    teacher = load_sam3("SAM3", "mini")
+    assert teacher.config.study["scale"] == "mini"
+    found = score(answers(teacher, GeneratedConcepts(2027, 6, 168, first=1_000_000)))
+    assert found.mcc > 0.5 and found.pmf1 > 25
+    with pytest.raises(ValueError, match="Only SAM3 ships with mini weights, not ES-EV-S"):
+        load_sam3("ES-EV-S", "mini")

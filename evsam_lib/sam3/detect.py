@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evsam_lib.sam3.tokens import tokenize
 
-__all__ = ["Found", "detect", "encode_coarsely", "phrase_features"]
+__all__ = ["Found", "detect", "encode_coarsely", "mixed", "phrase_features"]
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Found:
         boxes: (L, P, Q, 4), centre, width and height, parts of the image.
         presence: (L, P) logits: the phrase names something in the image.
         masks: (R, Q, 4h, 4w) logits of the last layer, for the phrases in `masked`.
+        together: (R, 1, 4h, 4w) logits of everything the phrase names, which SAM3's training has and its answers lack.
         masked: (R,) which phrases those are.
         cells: (P, h * w, C) the encoder's view of the image.
     """
@@ -33,6 +34,7 @@ class Found:
     boxes: Tensor
     presence: Tensor
     masks: Tensor
+    together: Tensor
     masked: Tensor
     cells: Tensor
 
@@ -99,13 +101,8 @@ def detect(
     Returns:
         Answers of all layers.
     """
-    detector = model.detector_model
-    maps, codes = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[:-1]
-    coarse, code = maps[-1][image_of], codes[-1].expand(len(maps[-1]), -1, -1, -1)[image_of]
-    if "geometry" not in model.report.absent:
-        shown = _geometry(detector, maps, codes, image_of, examples)
-        text, mask = torch.cat([text, shown[0]], 1), torch.cat([mask, shown[1]], 1)
-    encoded = detector.detr_encoder([coarse], text, [code], text_mask=mask)
+    detector, maps = model.detector_model, vision.fpn_hidden_states[:-1]
+    encoded, text, mask = mixed(model, vision, image_of, text, mask, examples=examples)
     decoded = detector.detr_decoder(
         vision_features=encoded.last_hidden_state,
         text_features=encoded.text_features,
@@ -117,14 +114,30 @@ def detect(
     before = decoded.reference_boxes.float().clamp(1e-3, 1 - 1e-3).logit()
     logits = detector.dot_product_scoring(queries, encoded.text_features, text_mask=mask).squeeze(-1)
     masked = torch.arange(len(text), device=text.device) if masked is None else masked
+    masks, together = _masks(detector, maps, image_of, queries[-1], encoded.last_hidden_state, text, mask, masked)
     return Found(
         logits=logits,
         boxes=(before + detector.detr_decoder.box_head(queries)).sigmoid(),
         presence=decoded.presence_logits.squeeze(-1),
-        masks=_masks(detector, maps, image_of, queries[-1], encoded.last_hidden_state, text, mask, masked),
+        masks=masks,
+        together=together,
         masked=masked,
         cells=encoded.last_hidden_state,
     )
+
+
+def mixed(model, vision, image_of: Tensor, text: Tensor, mask: Tensor, *, examples: Tensor | None = None) -> tuple:
+    """Images and phrases mixed by the detector's encoder: its output, and features and mask of text and examples.
+
+    Arguments are those of `detect`.
+    """
+    detector = model.detector_model
+    maps, codes = vision.fpn_hidden_states[:-1], vision.fpn_position_encoding[:-1]
+    coarse, code = maps[-1][image_of], codes[-1].expand(len(maps[-1]), -1, -1, -1)[image_of]
+    if "geometry" not in model.report.absent:
+        shown = _geometry(detector, maps, codes, image_of, examples)
+        text, mask = torch.cat([text, shown[0]], 1), torch.cat([mask, shown[1]], 1)
+    return detector.detr_encoder([coarse], text, [code], text_mask=mask), text, mask
 
 
 def _geometry(detector, maps, codes, image_of: Tensor, examples: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,14 +162,15 @@ def _geometry(detector, maps, codes, image_of: Tensor, examples: Tensor | None) 
     return (tokens, seen) if examples is not None else (tokens[image_of, :1], seen[image_of, :1])
 
 
-def _masks(detector, maps, image_of, queries, cells, text, mask, masked) -> Tensor:
+def _masks(detector, maps, image_of, queries, cells, text, mask, masked) -> tuple[Tensor, Tensor]:
     if not len(masked):
         side = maps[0].shape[-2:]
-        return queries.new_zeros(0, queries.shape[1], *side)
-    return detector.mask_decoder(
+        return queries.new_zeros(0, queries.shape[1], *side), queries.new_zeros(0, 1, *side)
+    made = detector.mask_decoder(
         decoder_queries=queries[masked],
         backbone_features=[x[image_of[masked]] for x in maps],
         encoder_hidden_states=cells[masked],
         prompt_features=text[masked],
         prompt_mask=mask[masked],
-    ).pred_masks
+    )
+    return made.pred_masks, made.semantic_seg

@@ -137,7 +137,7 @@ def concept_losses(found: Found, targets: Targets, weights: Weights) -> dict[str
         total = total + weights.presence * presence
     parts |= _mask_losses(found, targets, pairs)
     total = total + weights.mask * parts["mask"] + weights.dice * parts["dice"]
-    return {"loss": total} | {k: v.detach() for k, v in (parts | {"presence": presence}).items()}
+    return {"loss": total, **parts, "presence": presence}
 
 
 def _box_losses(boxes: Tensor, targets: Targets, pairs) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@
 The first file is a whole model; each further one holds only what its training changed and lays it over. Of the table of
 49,408 token vectors, which would be most of the file, only the rows of words that generated phrases use are kept; the
 others are zeros when the file is read, so words that were never learnt all read alike. Numbers are stored in half
-precision.
+precision, large tensors above the trunk as whole numbers of 8 bits with a scale a row.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from evsam_lib.sam3.tokens import tokenize
 __all__ = ["join", "packed", "unpacked"]
 
 TABLE, ROWS = "token_embedding.weight", "token_embedding.rows"
+SCALE, LARGE = ".row_scale", 1 << 14  # numbers of a tensor from which on it is stored in 8 bits
+TRUNK = "vision_encoder.backbone."
 
 
 def join(whole: dict[str, Tensor], parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -48,27 +50,36 @@ def join(whole: dict[str, Tensor], parts: Iterable[dict[str, Tensor]]) -> dict[s
 
 
 def packed(state: dict[str, Tensor], phrases: Sequence[str]) -> dict[str, Tensor]:
-    """Half precision, and of the table of tokens only the rows that the phrases use; random Fourier matrices whole."""
+    """Small: see the module's text. Random Fourier matrices stay whole, of the tokens the phrases' remain."""
     ids, _ = tokenize(list(phrases), 77)
     rows = ids.unique()
     found = {}
     for key, value in state.items():
         if key.endswith(TABLE):
             found[key], found[key.replace(TABLE, ROWS)] = value[rows].half(), rows.int()
+        elif value.is_floating_point() and value.numel() >= LARGE and TRUNK not in key:
+            flat = value.float().flatten(1)
+            scale = flat.abs().amax(1).clamp(min=1e-12) / 127
+            found[key] = (flat / scale[:, None]).round().to(torch.int8).view_as(value)
+            found[key + SCALE] = scale
         else:
-            exact = not value.is_floating_point() or "positional_embedding" in key or "shared_" in key
+            exact = not value.is_floating_point() or "positional_embedding" in key
             found[key] = value if exact else value.half()
     return {key: value.contiguous().clone() for key, value in found.items()}
 
 
 def unpacked(state: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The whole table again, rows that were not kept zero; a file with a whole table stays as it is.
+    """Tensors as the model has them; a file that was not packed stays as it is.
 
     Args:
         state: of a file.
         length: rows of the table.
     """
-    found = {key: value for key, value in state.items() if not key.endswith(ROWS)}
+    found = {key: value for key, value in state.items() if not key.endswith((ROWS, SCALE))}
+    for key, scale in state.items():
+        if key.endswith(SCALE):
+            whole = state[key.removesuffix(SCALE)].float()
+            found[key.removesuffix(SCALE)] = (whole.flatten(1) * scale[:, None]).view_as(whole)
     for key, rows in state.items():
         if key.endswith(ROWS):
             name = key.replace(ROWS, TABLE)

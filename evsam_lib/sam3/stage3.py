@@ -16,15 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evsam_lib.data.saco import ConceptImage, ConceptPhrase
+from evsam_lib.models.weights import load_strictly
 from evsam_lib.sam3.detect import detect, phrase_features
 from evsam_lib.sam3.losses import Targets, Weights, concept_losses
 from evsam_lib.sam3.processor import pixels
-from evsam_lib.sam3.training import Stage, warm_cosine
+from evsam_lib.sam3.training import Stage, adopt_heads, warm_cosine
 from evsam_lib.training.batches import Batches
 from evsam_lib.training.loop import Objective, autocast, fit
 from evsam_lib.training.settings import option
 
-__all__ = ["TRAINED", "ConceptBatch", "ConceptObjective", "ConceptStage", "concept_batches", "train_concepts"]
+__all__ = [
+    "TRAINED", "ConceptBatch", "ConceptObjective", "ConceptStage", "adopt_trunk", "concept_batches", "train_concepts",
+]  # fmt: skip
 
 TRUNK, NECK = "detector_model.vision_encoder.backbone.", "detector_model.vision_encoder.neck."
 TRAINED = {
@@ -78,6 +81,26 @@ class ConceptBatch:
     phrases: list[str]
     targets: Targets
     masked: Tensor
+
+
+def adopt_trunk(student, teacher, state: dict[str, Tensor] | None = None) -> None:
+    """Everything of the teacher but its trunk; the trunk from the weights of a student, its own where there are none.
+
+    Args:
+        student: of `load_sam3`, with SAM3's text.
+        teacher: of `load_sam3`, of the same scale.
+        state: of a file of the same image student, with whatever text.
+
+    Raises:
+        ValueError: the two models or the trunks differ.
+    """
+    adopt_heads(student, teacher)
+    detector, theirs = student.detector_model, teacher.detector_model
+    for part in ("text_encoder", "text_projection"):
+        getattr(detector, part).load_state_dict(getattr(theirs, part).state_dict())
+    if state is not None:
+        trunk = {key.removeprefix(TRUNK): value for key, value in state.items() if key.startswith(TRUNK)}
+        load_strictly(detector.vision_encoder.backbone, trunk, source="the student's file")
 
 
 def train_concepts(

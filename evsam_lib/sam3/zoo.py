@@ -142,7 +142,7 @@ SCALES: dict[str, Scale] = {
         1008, (1024, 4736, 32, 16, 24, (7, 15, 23, 31)), 256, 8, 6, 3, 200, 2048, (1024, 24, 16), 4
     ),  # transformers' defaults are SAM3's
     # width: transformers cuts an object's pointer into pieces of 64, and fails where there is but one
-    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 2, 3)), 128, 4, 2, 1, 16, 256, (64, 2, 4), 1, text_share=0.125),
+    "mini": Scale(168, (128, 384, 4, 4, 4, (1, 2, 3)), 128, 4, 2, 1, 36, 256, (64, 2, 4), 1, text_share=0.125),
 }
 PATCH = 14
 
