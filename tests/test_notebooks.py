@@ -13,6 +13,7 @@ from evsam_lib.study.tables import read_table
 ORDER = sorted(path.stem for path in (repo_root() / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SMALL = {"scenes": 12, "coco_scenes": 3, "lvis_scenes": 3, "steps": 8, "held_out": 2, "limit": 2, "clicks": 3}
 SMALL |= {"surveyed": 12, "timed": 4, "seconds": 0.2, "points_per_side": 6, "phases": [4, 2], "seeds": [0, 1]}
+SMALL |= {"clips": 4, "budgets": [16]}
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from .rle import encode_masks, run_lengths
 from .sginw import ANNOTATIONS
 from .shapes import Draw
 
-__all__ = ["write_coco", "write_detections", "write_lvis", "write_sa1b", "write_sginw"]
+__all__ = ["make_folder", "write_coco", "write_detections", "write_lvis", "write_sa1b", "write_sginw"]
 
 _LVIS_STREAM = 2_000_000_011  # added to the seed: other draws than the scene's
 # Which of the things that occur in scenes are rare and common in LVIS's sense; the others are frequent.
@@ -73,7 +73,7 @@ def write_sa1b(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
         ids = "".join(f"{image_id}\n" for image_id in range(start + 1, start + count + 1))
         (folder / "sa_images_ids.txt").write_text(ids)
 
-    return _make(Path(root), write, layout="sa1b", count=count, seed=seed, size=size, start=start)
+    return make_folder(Path(root), write, layout="sa1b", count=count, seed=seed, size=size, start=start)
 
 
 def write_coco(
@@ -129,7 +129,7 @@ def write_coco(
         }
         (folder / "annotations/instances_val2017.json").write_text(json.dumps(content))
 
-    root = _make(
+    root = make_folder(
         Path(root),
         write,
         layout="coco" if look == "scenes" else f"coco, {look}",
@@ -190,7 +190,7 @@ def write_lvis(root: str | Path, count: int, *, seed: int, size: tuple[int, int]
         }
         (folder / "annotations/lvis_v1_val.json").write_text(json.dumps(content))
 
-    root = _make(Path(root), write, layout="lvis", count=count, seed=seed, size=size, start=start)
+    root = make_folder(Path(root), write, layout="lvis", count=count, seed=seed, size=size, start=start)
     return root, root / "annotations/lvis_v1_val.json"
 
 
@@ -223,15 +223,40 @@ def write_sginw(root: str | Path, count: int, *, seed: int, size: tuple[int, int
             content = _sginw_set(folder / name / "valid", name, candidates, count=count, seed=seed, size=size)
             (folder / name / "valid" / ANNOTATIONS).write_text(json.dumps(content))
 
-    return _make(Path(root), write, layout="sginw", count=count, seed=seed, size=size, start=start)
+    return make_folder(Path(root), write, layout="sginw", count=count, seed=seed, size=size, start=start)
 
 
-def _make(root: Path, write: Callable[[Path], None], *, layout: str, count: int, seed: int, size, start: int) -> Path:
-    """Runs `write` in a temporary folder and moves it to root, unless root already is what would be written."""
+def make_folder(
+    root: Path,
+    write: Callable[[Path], None],
+    *,
+    layout: str,
+    count: int,
+    seed: int,
+    size,
+    start: int,
+    also: dict | None = None,
+) -> Path:
+    """Runs `write` in a temporary folder and moves it to root, unless root already is what would be written.
+
+    Args:
+        root: the folder.
+        write: fills a folder.
+        layout: what it is called in `generated.json`.
+        count: of images or clips.
+        seed: of all.
+        size: (height, width), pixels.
+        start: index of the first.
+        also: what else the content depends on, plain values.
+
+    Raises:
+        ValueError: count below 1 or start below 0.
+        FileExistsError: root holds files that were not generated.
+    """
     if count < 1 or start < 0:
         raise ValueError(f"count must be at least 1 and start at least 0, got {count} and {start}.")
     wanted = {"generated_by": "evsam_lib.data.generate", "layout": layout, "count": count, "seed": seed}
-    wanted |= {"size": [int(side) for side in size], "start": start, "version": VERSION}
+    wanted |= {"size": [int(side) for side in size], "start": start, "version": VERSION} | (also or {})
     mark = root / "generated.json"
     if _holds(mark, wanted):
         return root

@@ -18,7 +18,7 @@ from torch import nn
 from evsam_lib.models.count import PRODUCTS, Ledger
 from evsam_lib.sam3.zoo import configuration
 
-__all__ = ["CLICK", "IMAGE", "PARTS", "PHRASE", "count_sam3"]
+__all__ = ["CLICK", "IMAGE", "MEMORY", "PARTS", "PHRASE", "count_memory", "count_sam3"]
 
 # Parts by the names of modules, in the order of the forward pass; the first that fits counts.
 PARTS = {
@@ -38,6 +38,14 @@ PARTS = {
 IMAGE = ("backbone", "head", "neck")  # once an image
 PHRASE = ("text", "geometry", "detr encoder", "detr decoder", "scoring", "mask decoder")  # once a phrase
 CLICK = ("tracker neck", "click decoder")  # the neck once an image, the decoder once a click
+
+# What remembering costs in a frame, for every object: to make a memory of it, and to look at those of earlier ones.
+MEMORY = {
+    "memory encoder": r"memory_encoder",
+    "perceiver": r"perceiver",
+    "cross attention": r"memory_attention\.layers\.\d+\.cross_attn_image",
+    "self attention and the rest": r"memory_attention",
+}
 
 
 def count_sam3(
@@ -86,6 +94,68 @@ def count_sam3(
     for whole, parts in sums.items():
         table.loc[whole] = table.loc[list(parts)].sum()
     return table.astype("int64")[["parameters", "macs", *PRODUCTS]].rename_axis(index="part")
+
+
+def count_memory(
+    memory: str = "full",
+    *,
+    tokens: int | None = None,
+    windows: int | None = None,
+    remembered: int = 7,
+    scale: str = "full",
+    image_size: int | None = None,
+) -> pd.DataFrame:
+    """Costs of the tracker's memory for one object in one frame.
+
+    Args:
+        memory: as in `load_sam3`.
+        tokens: as in `load_sam3`.
+        windows: as in `load_sam3`.
+        remembered: frames in memory, the first among them; 7 once a video runs. As many pointers are read.
+        scale: as in `load_sam3`.
+        image_size: as in `load_sam3`.
+
+    Returns:
+        Indexed by part: `MEMORY`, then `whole`. Columns: `parameters`, `macs`, and `tokens`, that the cross attention
+        reads.
+
+    Raises:
+        ValueError: no such memory, or it cannot have these tokens.
+    """
+    from transformers import AutoModel
+
+    ways = {"memory": memory, "tokens": tokens, "windows": windows, "scale": scale, "image_size": image_size}
+    with torch.device("meta"):
+        config = configuration("SAM3", **ways).tracker_config
+        tracker = AutoModel.from_config(config, remove_vision_encoder=True).eval()
+        ledger = Ledger()
+        with torch.no_grad(), ledger.watching(tracker, partial(_first, MEMORY)):
+            read = _one_object_one_frame(tracker, remembered)
+    table = ledger.table().reindex(MEMORY).fillna(0).astype("int64")
+    found = dict.fromkeys(MEMORY, 0)
+    for name, parameter in tracker.named_parameters():
+        if part := _first(MEMORY, name):
+            found[part] += parameter.numel()
+    table = pd.DataFrame({"parameters": found, "macs": table[list(PRODUCTS)].sum(axis=1), "tokens": 0})
+    table.loc["whole"] = table.sum()
+    table.loc[["cross attention", "whole"], "tokens"] = read
+    return table.rename_axis(index="part")
+
+
+def _one_object_one_frame(tracker: nn.Module, remembered: int) -> int:
+    """Runs what `MEMORY` counts; returns how many tokens were read."""
+    side, width = tracker.image_size, tracker.hidden_dim
+    cells = tracker.backbone_feature_sizes[-1][0] ** 2
+    features = torch.zeros(cells, 1, width)
+    memory, _ = tracker._encode_new_memory(features, torch.zeros(1, 1, side, side), torch.zeros(1, 1, 1), False)
+    pointers = remembered * (width // tracker.mem_dim)
+    keys = torch.zeros(remembered * len(memory) + pointers, 1, tracker.mem_dim)
+    tracker.memory_attention(features, keys, features, keys, pointers)
+    return len(keys)
+
+
+def _first(parts: dict[str, str], name: str) -> str | None:
+    return next((part for part, pattern in parts.items() if re.match(pattern + r"(\.|$)", name)), None)
 
 
 def _one_image_one_phrase(model: Any, config) -> None:

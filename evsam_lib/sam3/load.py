@@ -35,6 +35,9 @@ def load_sam3(
     image_size: int | None = None,
     taps: Sequence[int] = (32,),
     head_width: int | None = None,
+    memory: str = "full",
+    tokens: int | None = None,
+    windows: int | None = None,
     without: tuple[str, ...] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -53,6 +56,9 @@ def load_sam3(
         image_size: side of the input, pixels; None is the scale's.
         taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
         head_width: channels within the student's head; None is the official width, that of SAM3's trunk.
+        memory: of the tracker, a key of `evsam_lib.sam3.memory.MEMORIES`: "full", "perceiver" or "edgetam".
+        tokens: a compact memory's tokens a frame; None is its own number (64 for "perceiver").
+        windows: tokens of it that keep their place; None is its own number (0 for "perceiver").
         without: parts, "tracker" or "geometry", that the file may lack; they keep a random start, and prompts that
             would use them are refused.
         device: where the model lives.
@@ -69,13 +75,17 @@ def load_sam3(
     from transformers import Sam3VideoModel
 
     scale = "mini" if weights == "mini" else scale
-    config = configuration(
-        name, text, context=context, scale=scale, image_size=image_size, taps=taps, head_width=head_width
+    trunk, remembers = (
+        {"taps": taps, "head_width": head_width},
+        {"memory": memory, "tokens": tokens, "windows": windows},
     )
+    config = configuration(name, text, context=context, scale=scale, image_size=image_size, **trunk, **remembers)
     without = (without,) if isinstance(without, str) else tuple(without)
     if unknown := [part for part in without if part not in OPTIONAL]:
         raise ValueError(f"Unknown part {unknown[0]!r} to do without; there are {', '.join(OPTIONAL)}.")
     if name == TEACHER and weights == "official" and not (weights_root() / SAM3_FILE).is_file():
+        if memory != "full":
+            raise ValueError(f"facebook/sam3 has the full memory, not {memory!r}, which has to be trained.")
         model = _from_hub("facebook/sam3", config)
     else:
         path = _weights_path(name, weights, config.study["text"])
@@ -185,6 +195,7 @@ def _fill(model, state: dict[str, torch.Tensor], path: Path, without: tuple[str,
     report = Report(str(path), renamed=len(state))
     _check_contents(state, model.config, str(path))
     own = model.state_dict()
+    _check_memory(state, own, str(path))
     if is_official(state):
         row = IMAGES.get(study["name"])
         start = "detector_model.vision_encoder.backbone.net."
@@ -227,6 +238,19 @@ def _check_contents(state: dict[str, torch.Tensor], config, source: str) -> None
     for part, value in wanted.items():
         if found[part] not in (None, value):
             raise ValueError(f"{source} holds the {names[part]} {found[part]}, the model asked for has {value}.")
+
+
+def _check_memory(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:
+    """A compact memory's latents tell how many tokens it keeps."""
+    if not any("memory_attention" in key for key in state):
+        return  # no tracker at all, which is said elsewhere
+
+    def kept(names: dict[str, torch.Tensor]) -> str:
+        counts = [len(names.get(f"tracker_model.perceiver.latents_{n}d", ())) for n in (1, 2)]
+        return f"a compact memory (tokens={counts[0]}, windows={counts[1]})" if any(counts) else "the full memory"
+
+    if kept(state) != kept(own):
+        raise ValueError(f"{source} holds {kept(state)}, the model asked for has {kept(own)}.")
 
 
 def _check_positions(state: dict[str, torch.Tensor], own: dict[str, torch.Tensor], source: str) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from evsam_lib.prompts import mask_box
 from evsam_lib.sam3.processor import Sam3Processor, enlarged, pixels, rgb
+from evsam_lib.sam3.propagation import checked_frames
 
 __all__ = ["FrameObjects", "VideoPredictor"]
 
@@ -62,16 +63,8 @@ class VideoPredictor:
         """
         from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
-        if not len(frames):
-            raise ValueError("A video needs at least one frame, none was given.")
         images = [rgb(frame) for frame in frames]
-        size = images[0].shape[:2]
-        for i, image in enumerate(images):
-            if image.shape[:2] != size:
-                raise ValueError(
-                    f"Frame {i} is {image.shape[1]} x {image.shape[0]} pixels, the first is {size[1]} x {size[0]}; "
-                    "all frames of a video must have one size."
-                )
+        size = checked_frames(images)
         video = torch.stack([pixels(image, self._processor.image_size) for image in images])
         options = {"inference_device": self.model.device, "inference_state_device": self.model.device}
         self._session = Sam3VideoInferenceSession(

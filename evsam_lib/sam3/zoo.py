@@ -156,6 +156,9 @@ def configuration(
     image_size: int | None = None,
     taps: Sequence[int] = (32,),
     head_width: int | None = None,
+    memory: str = "full",
+    tokens: int | None = None,
+    windows: int | None = None,
 ) -> "Sam3VideoConfig":
     """transformers' configuration of a model; the detector's and the tracker's parts are inside.
 
@@ -168,9 +171,13 @@ def configuration(
             mini 56); None is the scale's (1008, mini 168).
         taps: stages of the image student, by pixels a cell: (32,) as the official code has it, (16,), or (16, 32).
         head_width: channels within its head; None is the official width, that of SAM3's trunk.
+        memory: a key of `evsam_lib.sam3.memory.MEMORIES`: SAM3's own ("full") or a compact one.
+        tokens: a compact memory's tokens a frame; None is the memory's own number.
+        windows: tokens of it that keep their place; None is the memory's own number.
 
     Raises:
-        ValueError: an unknown name, text or scale; a context, an image size, taps or a head that the model cannot have.
+        ValueError: an unknown name, text, scale or memory; a context, an image size, taps, a head or tokens that it
+            cannot have.
     """
     from transformers import Sam3VideoConfig
 
@@ -182,11 +189,11 @@ def configuration(
     small: dict[str, Any] = {} if scale == "full" else {"fill_hole_area": 0}
     config = Sam3VideoConfig(
         detector_config=detector,
-        tracker_config=_tracker(vision, SCALES[scale], size),
+        tracker_config=_tracker(vision, SCALES[scale], size, memory, tokens, windows),
         low_res_mask_size=4 * size // PATCH,
         **small,
     )
-    config.study = {"name": name, "text": text, "scale": scale}  # travels with saved files
+    config.study = {"name": name, "text": text, "scale": scale, "memory": memory}  # travels with saved files
     return config
 
 
@@ -310,10 +317,18 @@ def _teacher_text(scale: Scale) -> dict[str, Any]:
     }
 
 
-def _tracker(vision, scale: Scale, size: int):
+def _tracker(vision, scale: Scale, size: int, memory: str, tokens: int | None, windows: int | None):
     from transformers import Sam3TrackerVideoConfig
 
-    return Sam3TrackerVideoConfig(
+    from evsam_lib.sam3.memory import MEMORIES, PerceiverTrackerConfig, memory_options
+
+    kind, options = Sam3TrackerVideoConfig, {"memory_attention_num_layers": scale.memory}
+    options["memory_attention_feed_forward_hidden_size"] = scale.mlp
+    if _chosen(memory, MEMORIES, "memory") != "full":
+        kind, options = PerceiverTrackerConfig, memory_options(memory, tokens, windows, scale, size // PATCH)
+    elif tokens is not None or windows is not None:
+        raise ValueError("The full memory keeps every cell of a frame; tokens and windows belong to a compact memory.")
+    return kind(
         vision_config=vision.to_dict(),
         prompt_encoder_config={"hidden_size": scale.width, "image_size": size},
         mask_decoder_config={
@@ -323,12 +338,11 @@ def _tracker(vision, scale: Scale, size: int):
             "iou_head_hidden_dim": scale.width,
         },
         memory_attention_hidden_size=scale.width,
-        memory_attention_num_layers=scale.memory,
-        memory_attention_feed_forward_hidden_size=scale.mlp,
         memory_encoder_hidden_size=scale.width,
         memory_encoder_output_channels=64,  # as transformers' attention to memories expects at every width
         mask_downsampler_embed_dim=scale.width,
         memory_fuser_embed_dim=scale.width,
         memory_fuser_intermediate_dim=4 * scale.width,
         image_size=size,  # pyrefly: ignore[unexpected-keyword]: its __post_init__ takes it
+        **options,
     )
