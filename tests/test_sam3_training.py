@@ -83,7 +83,7 @@ def test_image_student_comes_nearer(pair, images, tmp_path):
     heads = {k: v.clone() for k, v in student.state_dict().items() if "vision_encoder.backbone" not in k}
     before = training.trunk_cosine(student, teacher, images)
     targets = training.teacher_maps(teacher, images)
-    assert targets.nbytes == 4 * 64 * 64 * 2  # images, cells, channels, bytes
+    assert targets.nbytes == 4 * 64 * 128 * 2  # images, cells, channels, bytes
     settings = training.ImageStage(steps=6, batch_size=4, lr=3e-3)
     log = training.distil_image(student, teacher, images, settings, targets=targets, out=tmp_path / "run")
     assert log.loss.iloc[-1] < log.loss.iloc[0]
