@@ -52,7 +52,7 @@ def test_a_phrase_finds_instances_and_shows_presence_apart(seen):
     processor, state = seen
     found = processor.set_text_prompt("red disc", state)
     n = len(found.scores)
-    assert n == 10  # the small detector's queries: nothing is below a threshold of 0
+    assert n == 36  # the small detector's queries: nothing is below a threshold of 0
     assert found.masks.shape == found.probabilities.shape == (n, 60, 90) and found.masks.dtype == bool
     assert found.boxes.shape == (n, 4)
     np.testing.assert_allclose(found.scores, found.matches * found.presence, rtol=1e-6)
@@ -86,7 +86,7 @@ def test_examples_join_the_phrase(seen):
     processor.reset_prompts(state)
     with pytest.raises(ValueError, match="A concept needs a phrase or an example box, neither was given"):
         processor.find(state)
-    assert len(processor.add_example([20, 10, 60, 50], state, label=0).scores) == 10  # "visual" stands for the phrase
+    assert len(processor.add_example([20, 10, 60, 50], state, label=0).scores) == 36  # "visual" stands for the phrase
 
 
 def test_clicks_have_sams_interface(seen):
@@ -242,7 +242,7 @@ def test_official_state_has_its_keys(official_names):
     assert (state["original_height"], state["original_width"]) == (60, 90)
     state = processor.set_text_prompt("red disc", state)
     n = len(state["scores"])
-    assert n == 10 and state["masks"].shape == (n, 1, 60, 90) and state["boxes"].shape == (n, 4)
+    assert n == 36 and state["masks"].shape == (n, 1, 60, 90) and state["boxes"].shape == (n, 4)
     assert 0 < state["presence"] < 1
     processor.add_geometric_prompt([0.5, 0.5, 0.4, 0.4], True, state)
     assert len(processor.set_confidence_threshold(1.0, state)["scores"]) == 0
