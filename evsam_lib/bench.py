@@ -282,8 +282,16 @@ def _speed_ups(run: dict, runs: list[dict]) -> dict[str, float]:
     }
 
 
-def read(folder: str | Path) -> list[dict]:
+def read(
+    folder: str | Path, *, shown: Callable[[dict], object] | None = None, by: str = "evsam_lib.bench"
+) -> list[dict]:
     """What a run left in a folder, model by model.
+
+    Args:
+        folder: of the samples.
+        shown: makes of one file's content what a reader sees; what it fails on is no file of samples. None is this
+            module's table.
+        by: the module that makes such files.
 
     Raises:
         FileNotFoundError: it holds no samples.
@@ -291,17 +299,18 @@ def read(folder: str | Path) -> list[dict]:
     """
     files = sorted(Path(folder).glob("*.json"))
     if not files:
-        raise FileNotFoundError(
-            f"No samples (*.json) in {folder}; make them by `python -m evsam_lib.bench --out {folder}`."
-        )
-    return [_samples(file) for file in files]
+        raise FileNotFoundError(f"No samples (*.json) in {folder}; make them by `python -m {by} --out {folder}`.")
+    return [_samples(file, shown or _shown) for file in files]
 
 
-def _samples(file: Path) -> dict:
+def _shown(found: dict) -> tuple[pd.DataFrame, str]:
+    return table([found]), _machine(found["conditions"])
+
+
+def _samples(file: Path, shown: Callable[[dict], object]) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        table([found])
-        _machine(found["conditions"])
+        shown(found)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} holds no samples of a benchmark, or is damaged: remove it, or time again.") from error
     return found

@@ -28,7 +28,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from evsam_lib.bench import read, rounded, surroundings
+from evsam_lib import bench
+from evsam_lib.bench import rounded, surroundings
 from evsam_lib.data.generate import scene
 from evsam_lib.sam3.count import PARTS, count_sam3, part_of
 from evsam_lib.sam3.load import load_sam3
@@ -40,7 +41,7 @@ from evsam_lib.study.provenance import provenance
 from evsam_lib.study.tables import pipes
 from evsam_lib.timing import gemm_ceiling
 
-__all__ = ["STEPS", "Options", "bench_sam3", "main", "table", "write_table"]
+__all__ = ["STEPS", "Options", "bench_sam3", "main", "read", "table", "write_table"]
 
 STEPS = ("image", "phrase", "box")  # of a pass; the first box of an image pays the tracker's neck as well
 CLOCKS, SAMPLES = ("s", "cpu_s"), ("samples_s", "cpu_samples_s")  # of the wall's clock, of the processor's
@@ -255,6 +256,16 @@ def _row(run: dict, step: str, parts: list[str], conditions: dict) -> dict:
         "percent_of_gemm": 100 * 2 * speed / conditions["gemm_flops"] if macs else np.nan,
         "n": len(samples),
     }
+
+
+def read(folder: str | Path) -> list[dict]:
+    """What runs left in a folder, row by row.
+
+    Raises:
+        FileNotFoundError: it holds no samples.
+        ValueError: a file in it is damaged, or is no file of samples.
+    """
+    return bench.read(folder, shown=lambda one: (table([one]), _machine(one["conditions"])), by="evsam_lib.sam3.bench")
 
 
 def write_table(folder: str | Path) -> pd.DataFrame:
