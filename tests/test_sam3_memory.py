@@ -316,7 +316,7 @@ def test_true_masks_loss_by_hand():
     right = torch.ones(2, 1), torch.tensor([20.0, -20.0]).view(2, 1, 1)
 
     def loss(logits, score, **ways):
-        seen = Seen(None, logits, right[0], None, None, score, None)
+        seen = Seen(None, None, score, None, conditioned=None, logits=logits, ious=right[0])
         return stage2.true_masks_loss(seen, masks, **ways).item()
 
     assert loss(logits, right[1]) == pytest.approx(0, abs=1e-5)

@@ -146,9 +146,9 @@ def _actor(draw: Draw, cast: list[_Actor], height: int, width: int) -> _Actor:
         looks, surface = cast[-1].looks, cast[-1].item.surface
     form, colour, texture = looks
     light = draw(-10.0, 10.0)
-    rgb = tuple(min(max(v + light, 0.0), 255.0) for v in COLOURS[colour])
+    red, green, blue = (min(max(v + light, 0.0), 255.0) for v in COLOURS[colour])
     x, y = draw(radius, width - radius), draw(radius, height - radius)
-    item = Item(form, colour, texture, x, y, radius, draw.direction(), rgb, surface)
+    item = Item(form, colour, texture, x, y, radius, draw.direction(), (red, green, blue), surface)
     ways = draw(0.2, 0.8) * width, draw(0.2, 0.8) * height
     middle = draw(0.4, 0.6) * width, draw(0.4, 0.6) * height
     side, along = draw.integer(0, 3), draw(0.2, 0.8)

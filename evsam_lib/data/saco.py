@@ -7,7 +7,7 @@ makes training on many phrases cheap. Notebook 19.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,9 @@ class GeneratedConcepts:
             raise IndexError(index)
         made = concept_scene(self.seed, self.first + index, size=(self.side, self.side))
         return as_concepts(made, index)
+
+    def __iter__(self) -> Iterator[ConceptImage]:
+        return map(self.__getitem__, range(self.count))
 
 
 def as_concepts(made: ConceptScene, image_id: int) -> ConceptImage:

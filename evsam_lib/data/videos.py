@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 from PIL import Image
@@ -71,11 +72,11 @@ class Video:
     @cached_property
     def first(self) -> list[int]:
         """The frame in which each object is first seen; -1 for one that never is."""
-        seen = self.masks.any((2, 3))
+        seen = np.asarray(self.masks.any((2, 3)))  # (N, T)
         return [int(row.argmax()) if row.any() else -1 for row in seen]
 
 
-class _Frames(Sequence):
+class _Frames(Sequence[np.ndarray]):
     """Pictures on disk, all of one size."""
 
     def __init__(self, paths: list[Path]):
@@ -84,7 +85,11 @@ class _Frames(Sequence):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, t):
+    @overload
+    def __getitem__(self, t: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, t: slice) -> "_Frames": ...
+    def __getitem__(self, t: int | slice) -> "np.ndarray | _Frames":
         if isinstance(t, slice):
             return _Frames(self.paths[t])
         frame = read_rgb(self.paths[t])

@@ -11,7 +11,6 @@ other objects weigh the same leads past both, and hands over.
 
 import argparse
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.scenes import GeneratedScenes
-from evsam_lib.sam3.training import Record, Stage, Stage1, fit_stage, training_frame
+from evsam_lib.sam3.training import Record, Samples, Stage, Stage1, fit_stage, training_frame
 from evsam_lib.training import losses
 from evsam_lib.training.batches import STEP, generator_for
 from evsam_lib.training.settings import option
@@ -75,7 +74,7 @@ def main() -> None:
 
 
 def train_clicks(
-    model, scenes: Sequence, settings: ClickStage, *, out: str | Path, resume: bool = False
+    model, scenes: Samples, settings: ClickStage, *, out: str | Path, resume: bool = False
 ) -> pd.DataFrame:
     """Trains the tracker's neck, prompt encoder and mask decoder in place; trunk, detector and memory stay.
 

@@ -133,7 +133,7 @@ def decode(
     return masks, iou, present
 
 
-def _positions(tracker, size: tuple[int, int]) -> Tensor:
+def _positions(tracker, size: Iterable[int]) -> Tensor:
     """(1, C, h, w): the code of each cell's middle, for any grid; `tracker` itself knows its own grid only."""
     code = tracker.shared_image_embedding
     y, x = ((torch.arange(n, device=code.positional_embedding.device) + 0.5) / n for n in size)

@@ -131,7 +131,7 @@ def count_memory(
         ledger = Ledger()
         with torch.no_grad(), ledger.watching(tracker, partial(_first, MEMORY)):
             read = _one_object_one_frame(tracker, remembered)
-    table = ledger.table().reindex(MEMORY).fillna(0).astype("int64")
+    table = ledger.table().reindex(list(MEMORY)).fillna(0).astype("int64")
     found = dict.fromkeys(MEMORY, 0)
     for name, parameter in tracker.named_parameters():
         if part := _first(MEMORY, name):
@@ -142,7 +142,7 @@ def count_memory(
     return table.rename_axis(index="part")
 
 
-def _one_object_one_frame(tracker: nn.Module, remembered: int) -> int:
+def _one_object_one_frame(tracker: Any, remembered: int) -> int:
     """Runs what `MEMORY` counts; returns how many tokens were read."""
     side, width = tracker.image_size, tracker.hidden_dim
     cells = tracker.backbone_feature_sizes[-1][0] ** 2

@@ -7,7 +7,6 @@ detector. It makes the neck's four maps and attends to the last of them, of 28 p
 to that of 14: `official="level"` does so here, and notebook 17 shows what that costs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
-from evsam_lib.sam3.training import Record, Stage, Stage1, fit_stage, image_loss, training_frame
+from evsam_lib.sam3.training import Record, Samples, Stage, Stage1, fit_stage, image_loss, training_frame
 from evsam_lib.training.losses import dice_loss, mask_iou
 from evsam_lib.training.settings import option
 
@@ -64,7 +63,7 @@ def geometry_loss(
 
 
 def fine_tune_geometry(
-    student, teacher, scenes: Sequence, settings: GeometryStage, *, out: str | Path, resume: bool = False
+    student, teacher, scenes: Samples, settings: GeometryStage, *, out: str | Path, resume: bool = False
 ) -> pd.DataFrame:
     """Trains the student's trunk and head in place; neck and mask decoder are the teacher's and stay.
 

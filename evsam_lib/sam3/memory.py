@@ -10,7 +10,7 @@ registers the tracker. Notebook 18 explains it.
 
 from dataclasses import dataclass, replace
 from math import isqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +82,13 @@ class PerceiverTrackerConfig(Sam3TrackerVideoConfig):
     perceiver_resampler_attention_dropout: float | int = 0.0
 
 
-def memory_options(memory: str, tokens: int | None, windows: int | None, scale: "Scale", grid: int) -> dict[str, int]:
+def memory_options(
+    row: MemoryRow, tokens: int | None, windows: int | None, scale: "Scale", grid: int
+) -> dict[str, Any]:
     """What a compact memory changes in the tracker's configuration.
 
     Args:
-        memory: a key of `MEMORIES` other than "full".
+        row: of `MEMORIES`.
         tokens: latents that read the whole map; None is the row's number.
         windows: latents that read a window each; None is the row's number.
         scale: of the model: it has no more layers and no wider ones than SAM3's own.
@@ -98,7 +100,6 @@ def memory_options(memory: str, tokens: int | None, windows: int | None, scale: 
     Raises:
         ValueError: no token at all, or windows that do not tile the map.
     """
-    row = MEMORIES[memory]
     row = replace(
         row, tokens=row.tokens if tokens is None else tokens, windows=row.windows if windows is None else windows
     )
@@ -125,7 +126,7 @@ def memory_options(memory: str, tokens: int | None, windows: int | None, scale: 
 class PerceiverTracker(Sam3TrackerVideoModel):
     """SAM3's tracker that remembers a frame as a few tokens. What it has beyond SAM3's is called `perceiver`."""
 
-    config: PerceiverTrackerConfig
+    config: PerceiverTrackerConfig  # pyrefly: ignore[bad-override-mutable-attribute]: as transformers' own models do
 
     def __init__(self, config: PerceiverTrackerConfig, remove_vision_encoder: bool = False):
         super().__init__(config, remove_vision_encoder=remove_vision_encoder)
@@ -133,9 +134,11 @@ class PerceiverTracker(Sam3TrackerVideoModel):
         self.perceiver = Perceiver(config)
         self.post_init()
 
+    # pyrefly: ignore[bad-override]: transformers' own returns two tensors, its annotation is wrong
     def _encode_new_memory(self, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """SAM3's memory of a frame, (h * w, B, 64) with its positions, summed up: (tokens, B, 64), twice."""
-        memory, positions = super()._encode_new_memory(*args, **kwargs)
+        found: Any = super()._encode_new_memory(*args, **kwargs)
+        memory, positions = found
         side = self.backbone_feature_sizes[-1]
         maps = (x.permute(1, 2, 0).unflatten(2, side).to(self.dtype) for x in (memory, positions))  # (B, 64, h, w)
         latents, places = self.perceiver(*maps)  # (B, tokens, 64)
@@ -160,7 +163,7 @@ class PerceiverAttention(EdgeTamVideoPerceiverAttention):
 class Perceiver(EdgeTamVideoPerceiverResampler):
     """transformers' perceiver for many heads and many objects; its own windows take one object (5.23)."""
 
-    def __init__(self, config: PerceiverTrackerConfig):
+    def __init__(self, config: Any):  # a `PerceiverTrackerConfig`: it has what is read of an `EdgeTamVideoConfig`
         super().__init__(config)
         for layer in self.layers:
             layer.cross_attention, layer.self_attention = PerceiverAttention(config), PerceiverAttention(config)
@@ -197,8 +200,10 @@ class LatentCrossAttention(Sam3TrackerVideoRoPEAttention):
         super().__init__(config, kv_in_dim=config.memory_encoder_output_channels)
         self.rotary_emb = Sam3TrackerVideoVisionRotaryEmbedding(config)
         self.tokens, windows = config.perceiver_resampler_num_latents, config.perceiver_resampler_num_latents_2d
-        self.side, self.grid = isqrt(windows), config.memory_attention_rope_feat_sizes[0]
+        sizes: Any = config.memory_attention_rope_feat_sizes  # None no longer, once the configuration is made
+        self.side, self.grid = isqrt(windows), sizes[0]
 
+    # pyrefly: ignore[bad-override]: transformers' own returns a pair too, its annotation is wrong
     def forward(
         self,
         query: Tensor,
@@ -213,6 +218,7 @@ class LatentCrossAttention(Sam3TrackerVideoRoPEAttention):
         pairs = ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
         q, k, v = (project(x).view(shape).transpose(1, 2) for project, x in pairs)  # (B, heads, tokens, head_dim)
         q, k = _turned(q, position_embeddings), _turned(k, self._angles(k, num_k_exclude_rope))
+        # pyrefly: ignore[bad-argument-type]: it takes None as well
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout_p if self.training else 0.0
         out, weights = attend(

@@ -22,7 +22,9 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import N
 
 from evsam_lib.sam3.processor import enlarged, pixels
 
-__all__ = ["LazyMaps", "Seen", "Tracks", "VideoMaps", "checked_frames", "first_masks", "follow", "video_maps"]
+__all__ = [
+    "FrameMasks", "LazyMaps", "Seen", "Tracks", "VideoMaps", "checked_frames", "first_masks", "follow", "video_maps",
+]  # fmt: skip
 
 MOST = 6  # frames in SAM3's memory besides those whose masks were given
 
@@ -57,45 +59,56 @@ class LazyMaps:
     """
 
     def __init__(self, model, frames: Sequence[np.ndarray]):
-        self.model, self.frames, self._kept = model, frames, (-1, None)
+        self.model, self.frames = model, frames
+        self._kept: dict[int, VideoMaps] = {}  # of one frame at most
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def at(self, t: int, owners: Tensor) -> list[Tensor]:
         """As of `VideoMaps`; all objects belong to this video."""
-        if self._kept[0] != t:
+        if t not in self._kept:
             frame = pixels(self.frames[t], self.model.config.image_size).to(self.model.device, self.model.dtype)
-            self._kept = t, video_maps(self.model, frame[None, None])
-        return self._kept[1].at(0, owners)
+            self._kept = {t: video_maps(self.model, frame[None, None])}
+        return self._kept[t].at(0, owners)
 
     @property
     def position(self) -> Tensor:
         """As of `VideoMaps`, once a frame was looked at."""
-        return self._kept[1].position
+        (kept,) = self._kept.values()
+        return kept.position
 
 
 @dataclass
-class Seen:
-    """What the tracker makes of a frame for N objects.
+class FrameMasks:
+    """Masks of N objects in a frame, given or found: what the tracker remembers.
 
     Attributes:
-        conditioned: (N, C, h, w) the frame's features after the attention to memories; None where a mask was given.
-        logits: (N, K, h, w) low-resolution masks of the decoder, as they come; None where a mask was given.
-        ious: (N, K) their quality as predicted; None where a mask was given.
         low_res: (N, 1, h, w) logits of the mask chosen, far below 0 where the object counts as hidden.
         high_res: (N, 1, S, S) the same at the size of the input.
         score: (N, 1, 1) logit of being seen.
         pointer: (N, 1, C) token that stands for the object.
     """
 
-    conditioned: Tensor | None
-    logits: Tensor | None
-    ious: Tensor | None
     low_res: Tensor
     high_res: Tensor
     score: Tensor
     pointer: Tensor
+
+
+@dataclass
+class Seen(FrameMasks):
+    """Masks that the tracker found, and what it chose them from.
+
+    Attributes:
+        conditioned: (N, C, h, w) the frame's features after the attention to memories.
+        logits: (N, K, h, w) low-resolution masks of the decoder, as they come.
+        ious: (N, K) their quality as predicted.
+    """
+
+    conditioned: Tensor
+    logits: Tensor
+    ious: Tensor
 
 
 def video_maps(model, frames: Tensor) -> VideoMaps:
@@ -131,7 +144,7 @@ class Tracks:
         # What the tracker reads of a session; the batch is its object number 0.
         self.session = SimpleNamespace(output_dict_per_obj=outputs)
 
-    def start(self, masks: Tensor) -> Seen:
+    def start(self, masks: Tensor) -> FrameMasks:
         """Takes the masks (N, S, S) of the first frame, 0 or 1, and remembers them."""
         tracker, (*fine, last) = self.tracker, self.maps.at(0, self.owners)
         masks = masks[:, None].to(last.dtype)
@@ -140,9 +153,9 @@ class Tracks:
         pointer = self._decoded(last, fine, prompt=tracker.mask_downsample(masks)).pointer
         there = masks.flatten(1).any(1)[:, None, None].to(last.dtype)  # (N, 1, 1)
         pointer = there * pointer + (1 - there) * tracker.no_object_pointer
-        seen = Seen(None, None, None, low, high, 20 * there - 10, pointer)
-        self.remember(0, seen)
-        return seen
+        given = FrameMasks(low, high, 20 * there - 10, pointer)
+        self.remember(0, given)
+        return given
 
     def see(self, t: int) -> Seen:
         """Frame t from the memory of earlier ones."""
@@ -191,9 +204,9 @@ class Tracks:
         pointer = tracker.object_pointer_proj(tokens[every, :, best])
         pointer = there * pointer + (1 - there) * tracker.no_object_pointer
         high = enlarged(chosen[:, 0], (tracker.image_size,) * 2)[:, None]
-        return Seen(features, masks[:, 0], ious[:, 0], chosen, high, score, pointer)
+        return Seen(chosen, high, score, pointer, conditioned=features, logits=masks[:, 0], ious=ious[:, 0])
 
-    def remember(self, t: int, seen: Seen) -> None:
+    def remember(self, t: int, seen: FrameMasks) -> None:
         """Keeps what was seen of frame t."""
         last = self.maps.at(t, self.owners)[-1].flatten(2).permute(2, 0, 1)
         memory, places = self.tracker._encode_new_memory(last, seen.high_res.detach(), seen.score.detach(), t == 0)

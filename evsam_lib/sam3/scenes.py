@@ -68,7 +68,7 @@ class Sa1bScenes:
     def __getitem__(self, index: int) -> Scene:
         record = self.folder[self.first + _place(index, self.count)]
         order = np.argsort(-record.boxes_xywh[:, 2:].prod(1), kind="stable")
-        chosen = order[np.linspace(0, len(order) - 1, min(self.most, len(order))).round().astype(int)]
+        chosen = order[np.linspace(0, len(order) - 1, min(self.most, len(order))).round().astype(int)].tolist()
         return Scene(record.image, self.folder.masks(record, chosen).astype(bool))
 
 

@@ -234,8 +234,8 @@ def train_memory(
     record = {"stage": type(settings).__name__, "images": len(records), "teacher": teacher is not None}
     objective = _MemoryObjective(model, teacher, settings)
     batches = Batches(records, lambda one, generator: _window(one, settings, clips.side, generator), _together)
-    ways = {"measure": measure, "measured": ("jf",)} if measure else {}
-    return fit(objective, batches, settings, out=out, record=record, resume=resume, **ways)
+    measured = ("jf",) if measure else ()
+    return fit(objective, batches, settings, out=out, record=record, resume=resume, measure=measure, measured=measured)
 
 
 def video_scores(model, videos: Sequence, *, remembers: int = MOST) -> pd.DataFrame:
@@ -332,7 +332,7 @@ class _MemoryObjective(Objective):
         student = Tracks(self.model.tracker_model, maps, owners)
         teacher = None if self._teacher[0] is None else Tracks(self._teacher[0].tracker_model, maps, owners)
         student.start(masks[:, 0])
-        leading = self.settings.even * self.settings.steps
+        leading = self.settings.even * self.settings.schedule.steps
         even = max(0.0, 1 - step / leading) if leading else 0.0
         sums = masks.new_zeros(4)
         with torch.no_grad():

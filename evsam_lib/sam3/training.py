@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -27,8 +27,9 @@ from evsam_lib.training.loop import Objective, cosine, fit
 from evsam_lib.training.settings import Settings, option
 
 __all__ = [
-    "ImageStage", "Record", "Stage", "Stage1", "TextStage", "adopt_heads", "distil_image", "distil_text", "fit_stage",
-    "image_loss", "teacher_maps", "text_cosine", "text_loss", "training_frame", "trunk_cosine", "warm_cosine",
+    "ImageStage", "Record", "Samples", "Stage", "Stage1", "TextStage", "adopt_heads", "distil_image", "distil_text",
+    "fit_stage", "image_loss", "teacher_maps", "text_cosine", "text_loss", "training_frame", "trunk_cosine",
+    "warm_cosine",
 ]  # fmt: skip
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # mean, spread
@@ -296,9 +297,17 @@ class Record:
     value: Any
 
 
+class Samples(Protocol):
+    """What a stage learns from: a sequence, or anything else with a length that makes a sample when asked for it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Any: ...
+
+
 def fit_stage(
     objective: "Stage1",
-    values: Sequence,
+    values: Samples,
     make: Callable[[Record, torch.Generator], tuple[Tensor, ...]],
     settings: Stage,
     *,
@@ -325,7 +334,7 @@ def fit_stage(
 class _Records:
     """Values that may be made only when they are asked for."""
 
-    values: Sequence
+    values: Samples
 
     def __len__(self) -> int:
         return len(self.values)

@@ -87,7 +87,7 @@ class StudentTrunk(PreTrainedModel):
             computed()
 
 
-def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def _resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)

@@ -322,10 +322,11 @@ def _tracker(vision, scale: Scale, size: int, memory: str, tokens: int | None, w
 
     from evsam_lib.sam3.memory import MEMORIES, PerceiverTrackerConfig, memory_options
 
-    kind, options = Sam3TrackerVideoConfig, {"memory_attention_num_layers": scale.memory}
+    kind, row = Sam3TrackerVideoConfig, MEMORIES[_chosen(memory, MEMORIES, "memory")]
+    options: dict[str, Any] = {"memory_attention_num_layers": scale.memory}
     options["memory_attention_feed_forward_hidden_size"] = scale.mlp
-    if _chosen(memory, MEMORIES, "memory") != "full":
-        kind, options = PerceiverTrackerConfig, memory_options(memory, tokens, windows, scale, size // PATCH)
+    if row is not None:
+        kind, options = PerceiverTrackerConfig, memory_options(row, tokens, windows, scale, size // PATCH)
     elif tokens is not None or windows is not None:
         raise ValueError("The full memory keeps every cell of a frame; tokens and windows belong to a compact memory.")
     return kind(

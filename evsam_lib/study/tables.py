@@ -45,7 +45,8 @@ def read_table(folder: Path) -> pd.DataFrame:
     types: dict[str, Any] = dict.fromkeys(("table", "row", "column", "unit", "profile", "status", "run_id"), str)
     types |= dict.fromkeys(("value", "spread"), float)
     try:
-        table = pd.read_csv(file, dtype=types, na_values=[""], keep_default_na=False)  # pyrefly: ignore[no-matching-overload]
+        # pyrefly: ignore[no-matching-overload]: pandas' stub knows no mapping
+        table = pd.read_csv(file, dtype=types, na_values=[""], keep_default_na=False)
     except FileNotFoundError:
         raise
     except Exception as error:  # pandas' parser has its own kinds
