@@ -132,7 +132,7 @@ def test_an_empty_data_root_names_what_is_missing_and_how_to_get_it(tmp_path, ca
 def test_needs_have_the_names_of_what_can_be_fetched():
     from evsam_lib.fetch.catalog import DATA
 
-    assert set(NEEDS) == set(DATA)
+    assert set(NEEDS) == set(DATA) - {"saco-gold", "sa-v"}  # their readers say what is wrong when they are opened
 
 
 def test_the_mini_profile_whole(tmp_path, capsys):

@@ -80,7 +80,7 @@ class TestMini:
 
     def test_report_covers_every_printed_number(self, results):
         text = (results / "RESULTS.md").read_text()
-        assert text.startswith("# EfficientViT-SAM: results of this study\n\n**Profile `mini`")
+        assert text.startswith("# EfficientViT-SAM and EfficientSAM3: results of this study\n\n**Profile `mini`")
         for table in ("Table 1", "Table 2", "Table 3", "Table 4", "Table 5", "SGinW"):
             assert f"## {table}" in text
         # Table 1's parameters and MACs and the MACs in the text; EfficientSAM's parameters are printed otherwise.

@@ -205,7 +205,7 @@ class TestReport:
         assert study.table("own", {"a": {"x": 13.4567}}, unit="ms", spread=1024.2).columns.name == "ms"
         study.save()
         text = build_report(tmp_path / "results", "mini").read_text()
-        assert text.startswith("# EfficientViT-SAM: results of this study\n\n**Profile `mini`")
+        assert text.startswith("# EfficientViT-SAM and EfficientSAM3: results of this study\n\n**Profile `mini`")
         assert "| EfficientViT-SAM-L0" in text
         assert "1 match" in text
         assert "not run: " in text

@@ -164,6 +164,8 @@ def _position(line: dict, jobs: int) -> int:
     if not known or not all(isinstance(reason, str) for reason in line["noted"]):
         raise ValueError("no image's line")
     for found in line["objects"]:
+        if "pair_id" in found:  # an image and a phrase, which `sam3.phrases` reads
+            continue
         numbers = [found[key] for key in ("area", "iou", "score") if key in found]
         if "image_id" not in found or not all(map(is_finite, [*numbers, *found.get("iou_after_click", [])])):
             raise ValueError("no object's record")

@@ -129,7 +129,8 @@ def evaluate_phrases(
         raise ValueError(f"shard must be i of n with 1 <= i <= n, and needs `out`; got {shard[0]} of {shard[1]}.")
     coco = isinstance(images, CocoPhrases)
     min_score = (0.05 if coco else 0.5) if min_score is None else min_score
-    header = {"jobs": count, "shard": list(shard), "settings": _settings(model, images, min_score, limit)}
+    header = {"jobs": count, "shard": list(shard), "image_ids": None, "twice": []}
+    header |= {"settings": _settings(model, images, min_score, limit)}
     jobs, lines = [_Job(n) for n in range(count)], []
     ask = _Asking(model, min_score, masks=coco)
     if out is None:
@@ -157,7 +158,8 @@ class _Asking:
         item = images[position]
         state = self.processor.set_image(item.image)
         pairs = [self._pair(phrase, state) for phrase in item.phrases]
-        return {"position": position, "seconds": round(time.perf_counter() - start, 4), "objects": pairs}
+        seconds = round(time.perf_counter() - start, 4)
+        return {"position": position, "seconds": seconds, "noted": [], "objects": pairs}
 
     def _pair(self, phrase: ConceptPhrase, state) -> dict:
         found = self.processor.set_text_prompt(phrase.text, state)
