@@ -151,7 +151,7 @@ def here(place: Path):
             patch.setenv(runner.RUNNER, notebook.name)
             study = begin(notebook.name, results_root=passed["results_root"], n=passed["n"])
             study.file("kept.txt").write_text(str(passed["n"]) * 100_000)
-            study._figures["rise"] = png
+            study._figures["rise"] = (".png", png)
             study.table("x", {"a": {"b": passed["n"]}})
             study.save()
 
