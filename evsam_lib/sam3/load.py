@@ -24,6 +24,8 @@ __all__ = ["contents", "load_sam3", "save_sam3"]
 
 SAM3_FILE = "sam3.pt"  # as facebook/sam3 names it
 
+MINI = ("mini", "mini-video")  # what ships with this library
+
 
 def load_sam3(
     name: str,
@@ -49,7 +51,8 @@ def load_sam3(
         weights: None for a random start (torch's global generator decides it), a file of EfficientSAM3 or SAM3, a file
             of `save_sam3`, "official" for the released weights: a file under `weights_root()`; where SAM3's is not
             there, facebook/sam3 on Hugging Face, which asks for access; or "mini" for the small SAM3 that ships with
-            this library, which is of scale "mini".
+            this library, which is of scale "mini"; or "mini-video" for the same with a tracker that learned clips, not
+            clicks.
         text: "SAM3" or a key of `TEXTS`; None is "ES-MC-S", for SAM3 its own.
         context: tokens of a phrase; None is 16, for SAM3's text 32.
         scale: "full" or "mini".
@@ -74,7 +77,7 @@ def load_sam3(
     """
     from transformers import Sam3VideoModel
 
-    scale = "mini" if weights == "mini" else scale
+    scale = "mini" if weights in MINI else scale
     trunk, remembers = (
         {"taps": taps, "head_width": head_width},
         {"memory": memory, "tokens": tokens, "windows": windows},
@@ -167,10 +170,10 @@ def _random_start(model) -> Report:
 def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:
     if weights is None:
         return None
-    if weights == "mini":
+    if weights in MINI:
         if name != TEACHER:
             raise ValueError(f"Only SAM3 ships with mini weights, not {name}; notebook 17 trains a student of it.")
-        return SHIPPED / "sam3-mini.safetensors"
+        return SHIPPED / f"sam3-{weights}.safetensors"
     if weights != "official":
         if not Path(weights).is_file():
             raise FileNotFoundError(f"No weight file at {weights}; give a path, 'mini', 'official' or None.")

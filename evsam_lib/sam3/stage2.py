@@ -41,7 +41,8 @@ __all__ = [
     "video_scores",
 ]
 
-# What stage 2 trains: names in `Sam3VideoModel`. The decoder and its prompts are stage 1's.
+# What stage 2 trains: names in `Sam3VideoModel`. The decoder and its prompts are stage 1's, but for the head that says
+# whether an object is seen: behind a click there always is one.
 MEMORY = tuple(
     f"tracker_model.{part}"
     for part in (
@@ -54,6 +55,7 @@ MEMORY = tuple(
         "object_pointer_proj.",
         "temporal_positional_encoding_projection_layer.",
         "occlusion_spatial_embedding_parameter",
+        "mask_decoder.pred_obj_score_head.",
     )
 )
 DECODER = ("tracker_model.mask_decoder.",)
