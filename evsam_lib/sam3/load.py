@@ -92,7 +92,7 @@ def load_sam3(
         model = _from_hub("facebook/sam3", config)
     else:
         path = _weights_path(name, weights, config.study["text"])
-        state = None if path is None else unpacked(read_state_dict(path), VOCABULARY)
+        state = None if path is None else unpacked(_read(path), VOCABULARY)
         # Not on the meta device: it would lose the tables that no file holds (TinyViT's offsets, rotary angles).
         model: Any = Sam3VideoModel(config)
         model.report = _random_start(model) if path is None or state is None else _fill(model, state, path, without)
@@ -165,6 +165,14 @@ def _random_start(model) -> Report:
     tracker = model.tracker_model
     tracker.prompt_encoder.shared_embedding.load_state_dict(tracker.shared_image_embedding.state_dict())
     return Report("random start")
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors; "mini-video" holds only what it does not share with "mini"."""
+    state = read_state_dict(path)
+    return (
+        state if path != SHIPPED / "sam3-mini-video.safetensors" else _read(SHIPPED / "sam3-mini.safetensors") | state
+    )
 
 
 def _weights_path(name: str, weights: str | Path | None, text: str) -> Path | None:

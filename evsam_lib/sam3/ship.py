@@ -1,10 +1,11 @@
 """One file of the mini teacher from the parts that were trained one after the other, small enough to ship.
 
-    python -m evsam_lib.sam3.ship OUT DETECTOR [TRACKER MEMORY ...]
+    python -m evsam_lib.sam3.ship OUT DETECTOR [TRACKER MEMORY ...] [--beside SHIPPED]
 
 The first file is a whole model; each further one holds only what its training changed and lays it over. Of the table of
 49,408 token vectors, which would be most of the file, only the rows of words that generated phrases use are kept; the
-others are zeros when the file is read, so words that were never learnt all read alike. Numbers are stored in half
+others are zeros when the file is read, so words that were never learnt all read alike. With `--beside` only what differs
+from another shipped file is kept. Numbers are stored in half
 precision, large tensors above the trunk as whole numbers of 8 bits with a scale a row.
 """
 
@@ -94,10 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("files", type=Path, nargs="+", help="a whole model, then parts")
+    parser.add_argument("--beside", type=Path, help="a packed file: what is equal in it is left out")
     options = parser.parse_args()
     whole, *parts = (read_state_dict(path) for path in options.files)
     partial = options.out.with_name(options.out.name + ".partial")
-    save_file(packed(join(whole, parts), vocabulary()), partial)
+    made = packed(join(whole, parts), vocabulary())
+    known = read_state_dict(options.beside) if options.beside else {}
+    save_file({k: v for k, v in made.items() if k not in known or not torch.equal(v, known[k])}, partial)
     partial.replace(options.out)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, sha256 {sha256(options.out)}")
 
