@@ -4,9 +4,9 @@
 
 The first file is a whole model; each further one holds only what its training changed and lays it over. Of the table of
 49,408 token vectors, which would be most of the file, only the rows of words that generated phrases use are kept; the
-others are zeros when the file is read, so words that were never learnt all read alike. `--beside` leaves out what another
-shipped file holds as well. Numbers are stored in half
-precision, large tensors above the trunk as whole numbers of 8 bits with a scale a row.
+others are zeros when the file is read, so words that were never learnt all read alike. Numbers are stored in half
+precision, large tensors above the trunk as whole numbers of 8 bits with a scale a row. `--beside` leaves out what
+another shipped file holds as well.
 """
 
 import argparse
