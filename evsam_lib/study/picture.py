@@ -21,7 +21,7 @@ SCREEN_DPI = 96
 LOSS = (
     2.0  # levels of 255, root mean square, that a palette may lose; drawings lose up to 1.1, photographs 2.3 and more
 )
-QUALITY = 85
+QUALITY = 70
 
 
 def encode(fig: Any, text: dict[str, str]) -> tuple[str, bytes, int]:
