@@ -34,6 +34,12 @@ def test_the_report_is_what_the_files_give(tmp_path):
     assert made == told, "RESULTS.md tells of other files: run `make notebook NB=20`"
 
 
+def test_the_readme_shows_the_reports_count_of_verdicts():
+    told = (MINI / "RESULTS.md").read_text(encoding="utf-8")
+    table = told[told.index("| paper ") :].split("\n\n")[0]
+    assert table in (repo_root() / "README.md").read_text(encoding="utf-8"), "copy the first table of RESULTS.md"
+
+
 def test_it_is_small():
     files = [MINI / "RESULTS.md"]
     for name in NAMES:
