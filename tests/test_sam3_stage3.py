@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from evsam_lib.data.saco import GeneratedConcepts, SacoImages, write_saco
+from evsam_lib.data.saco import ConceptPhrase, GeneratedConcepts, SacoImages, write_saco
 from evsam_lib.sam3 import Sam3Processor, load_sam3
 from evsam_lib.sam3.answers import AS_TRAINED, WITHOUT, Answer, answers, calibrate, score
 from evsam_lib.sam3.detect import Found, detect, phrase_features
 from evsam_lib.sam3.losses import Targets, Weights, concept_losses, giou, match_many, match_one, xyxy
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.ship import join, packed, unpacked
-from evsam_lib.sam3.stage3 import TRAINED, ConceptStage, concept_batches, mask_boxes, train_concepts
+from evsam_lib.sam3.stage3 import TRAINED, ConceptStage, _target, concept_batches, train_concepts
 from evsam_lib.sam3.tokens import tokenize
 
 SIDE = 112
@@ -100,10 +100,10 @@ def test_giou_by_hand():
 
 
 def test_boxes_of_masks_are_tight():
-    masks = torch.zeros(2, 10, 20, dtype=torch.bool)
+    masks = np.zeros((2, 10, 20), bool)
     masks[0, 2:5, 4:8] = True
     masks[1, 9, 19] = True  # one pixel
-    corners = xyxy(mask_boxes(masks)) * torch.tensor([20, 10, 20, 10])
+    corners = xyxy(_target(ConceptPhrase(0, "disc", masks), SIDE)[0]) * torch.tensor([20, 10, 20, 10])
     assert torch.allclose(corners, torch.tensor([[4.0, 2, 8, 5], [19, 9, 20, 10]]))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evsam_lib.data.generate import scene
-from evsam_lib.sam3 import load_sam3, training
+from evsam_lib.sam3 import load_sam3, stages, training
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +61,10 @@ def test_frames_of_training():
 
 
 def test_warm_up_and_floor():
-    factors = [training.warm_cosine(i, 7, warmup=3, floor=0.1) for i in range(8)]
+    factors = [stages.warm_cosine(i, 7, warmup=3, floor=0.1) for i in range(8)]
     assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert factors[5] == pytest.approx(0.55) and factors[7] == pytest.approx(0.1)
-    assert training.warm_cosine(0, 4) == 1.0
+    assert stages.warm_cosine(0, 4) == 1.0
 
 
 def test_heads_are_the_teachers(pair):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evsam_lib.models.prompt_encoder import join_prompts
+from evsam_lib.sam3.clicks import decode
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.processor import enlarged, pixels, rgb
 
@@ -164,17 +165,9 @@ class ClickModel(nn.Module):
         if mask_input is not None:  # SAM3's decoder takes one mask an image: each prompt gets an image of its own
             maps, mask_input = maps.repeated(shape[1]), mask_input.flatten(0, 1).to(self.dtype)
             coords, labels = (x.flatten(0, 1)[:, None] for x in (coords, labels))
-        tracker, code = self.video.tracker_model, self.dense_position() if image_code is None else image_code
-        sparse, dense = tracker.prompt_encoder(coords.to(self.dtype), labels, None, mask_input)
-        low_res, iou, _, _ = tracker.mask_decoder(
-            image_embeddings=maps.levels[-1],
-            image_positional_embeddings=code.expand(len(maps), -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask_output,
-            high_resolution_features=list(maps.levels[:-1]),
-        )
-        return tuple(x.flatten(0, 1).unflatten(0, shape) for x in (low_res, iou))
+        how = {"multimask": multimask_output, "mask_input": mask_input, "code": image_code}
+        low_res, iou, _ = decode(self.video, maps.levels, coords.to(self.dtype), labels, **how)
+        return low_res.flatten(0, 1).unflatten(0, shape), iou.flatten(0, 1).unflatten(0, shape)
 
     def forward(self, images: Tensor, coords: Tensor, labels: Tensor, **options) -> tuple[Tensor, Tensor]:
         """`decode(encode(images), coords, labels, ...)`, see there."""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.scenes import GeneratedScenes
-from evsam_lib.sam3.training import Record, Samples, Stage, Stage1, fit_stage, training_frame
+from evsam_lib.sam3.stages import Record, Samples, Stage, Stage1, even_loss, fit_stage
+from evsam_lib.sam3.training import training_frame
 from evsam_lib.training import losses
 from evsam_lib.training.batches import STEP, generator_for
 from evsam_lib.training.settings import option
@@ -150,12 +151,7 @@ def click_loss(
     found = losses.mask_loss(logits, targets, recipe="paper")
     actual, mask = losses.mask_iou(logits.detach(), targets), found.total
     if done < EVEN:
-        truth = targets[:, None].expand_as(logits)
-        entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        parts = (truth, 1 - truth, others[:, None])
-        even = sum((entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in parts)
-        even = (even + losses.dice_loss(logits.flatten(2), truth.flatten(2))).mean()
-        mask = (done * mask + (EVEN - done) * even) / EVEN
+        mask = (done * mask + (EVEN - done) * even_loss(logits, targets, others)) / EVEN
     error = losses.iou_loss(iou, actual)
     there = F.binary_cross_entropy_with_logits(present, torch.ones_like(present))
     best = actual.gather(1, found.best[:, None]).mean()

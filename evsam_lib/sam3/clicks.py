@@ -6,7 +6,7 @@ several prompts each, as the geometry fine-tune (`evsam_lib.sam3.geometry`) and 
 (`evsam_lib.sam3.click_training`) want it. Notebook 17 shows what boxes give.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evsam_lib.prompts import mask_box, sample_prompt
 from evsam_lib.sam3.processor import pixels
+from evsam_lib.sam3.stages import covered
 
 __all__ = ["Asked", "ask", "box_iou_by_object", "click_maps", "decode", "mean_by_size"]
 
@@ -76,13 +77,7 @@ def ask(
     coords = coords * torch.tensor([side / masks.shape[2], side / masks.shape[1]])
     missing = max(max_points, 2) - coords.shape[1]
     coords, labels = F.pad(coords, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=PADDING)
-    return Asked(coords, labels, _covered(chosen, 4 * side // 14))
-
-
-def _covered(masks: np.ndarray, side: int) -> Tensor:
-    """(N, H, W) bool -> (N, side, side) float32."""
-    whole = torch.from_numpy(masks)[:, None].float()
-    return F.interpolate(whole, (side, side), mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    return Asked(coords, labels, covered(torch.from_numpy(chosen), 4 * side // 14))
 
 
 def click_maps(model, tokens: Tensor, *, level: int = 0) -> list[Tensor]:
@@ -106,7 +101,14 @@ def click_maps(model, tokens: Tensor, *, level: int = 0) -> list[Tensor]:
 
 
 def decode(
-    model, maps: list[Tensor], coords: Tensor, labels: Tensor, *, multimask: bool = True
+    model,
+    maps: Sequence[Tensor],
+    coords: Tensor,
+    labels: Tensor,
+    *,
+    multimask: bool = True,
+    mask_input: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masks of every prompt.
 
@@ -116,19 +118,23 @@ def decode(
         coords: (B, N, P, 2) float, XY pixels of the model's frame.
         labels: (B, N, P) int64, see `Asked`.
         multimask: three masks, K = 3, or one, K = 1.
+        mask_input: (B, 1, 4h, 4w) float, low-res logits of an earlier answer, one an image.
+        code: (1, C, h, w), of the positions of cells, if the caller has it already.
 
     Returns:
         logits (B, N, K, 4h, 4w), predicted IoU (B, N, K), and logits (B, N, 1) of there being an object.
     """
     tracker, size = model.tracker_model, maps[-1].shape[-2:]
-    sparse, dense = tracker.prompt_encoder(coords, labels, None, None)
+    sparse, dense = tracker.prompt_encoder(coords, labels, None, mask_input)
     masks, iou, _, present = tracker.mask_decoder(
         image_embeddings=maps[-1],
-        image_positional_embeddings=_positions(tracker, size).expand(len(maps[-1]), -1, -1, -1),
+        image_positional_embeddings=(_positions(tracker, size) if code is None else code).expand(
+            len(maps[-1]), -1, -1, -1
+        ),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense[..., : size[0], : size[1]],  # the same in every cell
         multimask_output=multimask,
-        high_resolution_features=maps[:-1],
+        high_resolution_features=list(maps[:-1]),
     )
     return masks, iou, present
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from evsam_lib.sam3.clicks import Asked, ask, click_maps, decode
-from evsam_lib.sam3.training import Record, Samples, Stage, Stage1, fit_stage, image_loss, training_frame
+from evsam_lib.sam3.stages import Record, Samples, Stage, Stage1, fit_stage
+from evsam_lib.sam3.training import image_loss, training_frame
 from evsam_lib.training.losses import dice_loss, mask_iou
 from evsam_lib.training.settings import option
 

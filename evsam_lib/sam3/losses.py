@@ -16,7 +16,7 @@ from torch import Tensor
 from evsam_lib.sam3.detect import Found
 from evsam_lib.training.losses import dice_loss, focal_loss
 
-__all__ = ["Targets", "Weights", "concept_losses", "giou", "match_many", "match_one", "paired_iou", "xyxy"]
+__all__ = ["Targets", "Weights", "centred", "concept_losses", "giou", "match_many", "match_one", "paired_iou", "xyxy"]
 
 COST = {"class": 2.0, "box": 5.0, "giou": 2.0}  # SAM3's matcher
 MANY = {"alpha": 0.3, "threshold": 0.4, "most": 4}  # its one-to-many matcher
@@ -55,6 +55,12 @@ def xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre, width, height -> corners."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
+
+
+def centred(boxes: Tensor) -> Tensor:
+    """(..., 4) corners -> centre, width, height."""
+    start, end = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(start + end) / 2, end - start], -1)
 
 
 def paired_iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from evsam_lib.evaluate.video import score_video
 from evsam_lib.sam3.processor import pixels
 from evsam_lib.sam3.propagation import MOST, Seen, Tracks, VideoMaps, first_masks, follow, video_maps
-from evsam_lib.sam3.training import Stage, warm_cosine
+from evsam_lib.sam3.stages import Stage, StageObjective, even_loss
 from evsam_lib.training.batches import Batches, generator_for
-from evsam_lib.training.loop import Objective, fit
-from evsam_lib.training.losses import dice_loss, iou_loss, mask_iou, mask_loss
+from evsam_lib.training.loop import fit
+from evsam_lib.training.losses import iou_loss, mask_iou, mask_loss
 from evsam_lib.training.settings import option
 
 __all__ = [
@@ -181,13 +181,10 @@ def conditioned_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def true_masks_loss(seen: Seen, masks: Tensor, *, even: float = 0.0) -> Tensor:
     """Loss of a frame's answer: masks and their predicted quality where the object is seen, and whether it is seen.
 
-    From a random start, 20 focal + dice of the best of K masks first teaches that most pixels are background. A cross
-    entropy in which object and background weigh the same, with dice, for all K, leads past that.
-
     Args:
         seen: of `Tracks.see`.
         masks: (N, S, S), 0 or 1.
-        even: weight of the even cross entropy, 0 to 1; focal and dice have the rest.
+        even: weight of `even_loss`, 0 to 1; 20 focal + dice of the best mask have the rest.
 
     Returns:
         ().
@@ -200,10 +197,7 @@ def true_masks_loss(seen: Seen, masks: Tensor, *, even: float = 0.0) -> Tensor:
     targets = F.interpolate(masks[there][:, None], logits.shape[-2:], mode="area")[:, 0]
     loss = (1 - even) * mask_loss(logits, targets, recipe="paper").total
     if even:
-        truth = targets[:, None].expand_as(logits)
-        entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        sides = [(entropy * part).sum((-1, -2)) / part.sum((-1, -2)).clamp(min=1) for part in (truth, 1 - truth)]
-        loss = loss + even * (sides[0] + sides[1] + dice_loss(logits.flatten(2), truth.flatten(2))).mean()
+        loss = loss + even * even_loss(logits, targets)
     return loss + iou_loss(seen.ious[there], mask_iou(logits.detach(), targets)) + score
 
 
@@ -295,20 +289,16 @@ def _together(samples: list[tuple]) -> tuple[Tensor, list[Tensor], Tensor, Tenso
     return torch.stack(numbers), [torch.stack(level) for level in zip(*levels, strict=True)], owners, torch.cat(masks)
 
 
-class _MemoryObjective(Objective):
+class _MemoryObjective(StageObjective):
     columns = ("loss", "features", "cosine", "masks")
 
     def __init__(self, model: nn.Module, teacher: nn.Module | None, settings: MemoryStage) -> None:
-        super().__init__(model)
-        self.settings, self.clip_norm = settings, settings.clip_norm
+        super().__init__(model, settings)
         self.trained = MEMORY + (DECODER if settings.decoder else ())
         self._teacher = (teacher,)  # in a tuple it is no part of this module
 
     def train_mode(self) -> None:
         self.model.eval()
-
-    def rate(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
 
     def prepare(self, batch: tuple) -> tuple:
         numbers, levels, owners, masks = batch

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evsam_lib.data.saco import ConceptImage, ConceptPhrase
 from evsam_lib.models.weights import load_strictly
+from evsam_lib.prompts import mask_box
 from evsam_lib.sam3.detect import detect, phrase_features
-from evsam_lib.sam3.losses import Targets, Weights, concept_losses
+from evsam_lib.sam3.losses import Targets, Weights, centred, concept_losses
 from evsam_lib.sam3.processor import pixels
-from evsam_lib.sam3.training import Stage, adopt_heads, warm_cosine
+from evsam_lib.sam3.stages import Stage, StageObjective, covered
+from evsam_lib.sam3.training import adopt_heads
 from evsam_lib.training.batches import Batches
-from evsam_lib.training.loop import Objective, autocast, fit
+from evsam_lib.training.loop import autocast, fit
 from evsam_lib.training.settings import option
 
 __all__ = [
@@ -48,13 +49,13 @@ class ConceptStage(Stage):
     train: str = option("trunk+neck", "what learns", tuple(TRAINED))
     phrases: int = option(6, "phrases asked on an image, half of them negative as far as there are such")
     masked: int = option(2, "of an image's phrases that are also decoded to masks")
-    box_weight: float = option(5.0, "L1 of boxes")
-    giou_weight: float = option(2.0, "generalised IoU of boxes")
-    class_weight: float = option(20.0, "whether a query is an instance")
-    presence_weight: float = option(20.0, "whether there is any")
-    mask_weight: float = option(200.0, "focal loss of masks")
-    dice_weight: float = option(10.0, "dice loss of masks")
-    many_weight: float = option(2.0, "of one-to-many matching, at the layers before the last")
+    box_weight: float = option(Weights.box, "L1 of boxes")
+    giou_weight: float = option(Weights.giou, "generalised IoU of boxes")
+    class_weight: float = option(Weights.klass, "whether a query is an instance")
+    presence_weight: float = option(Weights.presence, "whether there is any")
+    mask_weight: float = option(Weights.mask, "focal loss of masks")
+    dice_weight: float = option(Weights.dice, "dice loss of masks")
+    many_weight: float = option(Weights.many, "of one-to-many matching, at the layers before the last")
 
     def weights(self) -> Weights:
         """Of the parts of the loss."""
@@ -155,23 +156,20 @@ def concept_batches(images: Sequence[ConceptImage], settings: ConceptStage, *, s
     return Batches(images, make, collate)
 
 
-class ConceptObjective(Objective):
+class ConceptObjective(StageObjective):
     """A detector, its matching and its losses."""
 
     columns = ("loss", "box", "giou", "klass", "presence", "mask", "dice")
 
     def __init__(self, model, settings: ConceptStage) -> None:
-        super().__init__(model)
-        self.settings, self.clip_norm, self.trained = settings, settings.clip_norm, TRAINED[settings.train]
+        super().__init__(model, settings)
+        self.trained = TRAINED[settings.train]
 
     def train_mode(self) -> None:
         """Dropout stays off; batch norms of the trunk are as `settings.batchnorm` has it."""
         self.model.eval()
         if TRUNK in self.trained or "detector_model." in self.trained:
             self.model.detector_model.vision_encoder.backbone.train()
-
-    def rate(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
 
     def image_ids(self, batch: ConceptBatch) -> list[int]:
         return batch.places.tolist()
@@ -202,23 +200,11 @@ def _chosen(phrases: Sequence[ConceptPhrase], count: int, generator: torch.Gener
 
 def _target(phrase: ConceptPhrase, side: int) -> tuple[Tensor, Tensor]:
     """(M, 4) centre, width and height, and (M, 4h, 4w) coverage, of one phrase's instances."""
-    cells, count = 4 * (side // 14), len(phrase.masks)
+    cells, (count, height, width) = 4 * (side // 14), phrase.masks.shape
     if not count:
         return torch.zeros(0, 4), torch.zeros(0, cells, cells)
-    masks = torch.from_numpy(phrase.masks)
-    coverage = F.interpolate(masks[:, None].float(), (cells, cells), mode="bilinear", antialias=True)[:, 0]
-    return mask_boxes(masks), coverage
-
-
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Tight boxes of (M, H, W) bool masks: (M, 4) centre, width and height, parts of the image."""
-    edges = []
-    for axis in (1, 2):
-        seen = masks.any(axis).float()  # over rows: columns, x
-        count = seen.shape[1]
-        edges.append((seen.argmax(1) / count, (count - seen.flip(1).argmax(1)) / count))
-    (x0, x1), (y0, y1) = edges
-    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)
+    corners = torch.from_numpy(np.stack([mask_box(mask) for mask in phrase.masks])) / torch.tensor([width, height] * 2)
+    return centred(corners), covered(torch.from_numpy(phrase.masks), cells)
 
 
 def _collated(samples: list[tuple], masked: int) -> ConceptBatch:

@@ -29,14 +29,15 @@ from torch import Tensor, nn
 from evsam_lib.data.concepts import COLOURS, FORMS, TEXTURES, ConceptScene, Item, concept_scene
 from evsam_lib.data.saco import ConceptImage, GeneratedConcepts, as_concepts
 from evsam_lib.models.weights import read_state_dict, save_weights
+from evsam_lib.prompts import mask_box
 from evsam_lib.sam3.answers import AS_TRAINED, WITHOUT, answers, score
 from evsam_lib.sam3.detect import detect, encode_coarsely, mixed, phrase_features
 from evsam_lib.sam3.load import load_sam3
 from evsam_lib.sam3.losses import concept_losses
 from evsam_lib.sam3.stage3 import ConceptBatch, ConceptObjective, ConceptStage, concept_batches
-from evsam_lib.sam3.training import Stage, warm_cosine
+from evsam_lib.sam3.stages import Stage, StageObjective, covered, stacked
 from evsam_lib.training.batches import Batches
-from evsam_lib.training.loop import Objective, autocast, fit
+from evsam_lib.training.loop import autocast, fit
 from evsam_lib.training.losses import dice_loss
 
 __all__ = ["main", "spread_queries", "teach_detector", "teach_trunk"]
@@ -227,14 +228,14 @@ def teach_trunk(
 ):
     """Trains the trunk to tell, for each cell, form, colour, texture and extent of the thing in it; returns the log."""
     side, objective = model.config.image_size, _CellObjective(model, head, settings)
-    batches = Batches(_Scenes(side, first, scenes), lambda record, _: record.sample(), _stacked)
+    batches = Batches(_Scenes(side, first, scenes), lambda record, _: record.sample(), stacked)
     return fit(objective, batches, settings, out=out, record={"stage": "teach trunk"}, resume=resume)
 
 
 def _cells(made: ConceptScene, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     """Words, extent and boxes, see `_Scene`."""
-    masks = torch.from_numpy(made.masks).float()
-    part = F.interpolate(masks[:, None], (FINE * cells, FINE * cells), mode="bilinear", antialias=True)[:, 0]
+    masks = torch.from_numpy(made.masks)
+    part = covered(masks, FINE * cells)
     part = part.unflatten(1, (cells, FINE)).unflatten(3, (cells, FINE)).permute(1, 3, 0, 2, 4)  # (h, w, N, 4, 4)
     part = part.reshape(cells * cells, len(masks), FINE * FINE)
     share, owner = part.mean(2).max(1)
@@ -243,21 +244,12 @@ def _cells(made: ConceptScene, cells: int) -> tuple[Tensor, Tensor, Tensor]:
     extent = part[torch.arange(len(owner)), owner] * (share > 0.12)[:, None]
     middle = (torch.arange(cells) + 0.5) / cells
     centre = torch.stack([middle.repeat(cells), middle.repeat_interleave(cells)], 1).repeat(1, 2)
-    boxes = torch.tensor([_corners(mask) for mask in made.masks])[owner] - centre
+    boxes = torch.from_numpy(np.stack([mask_box(mask) for mask in made.masks]))[owner] / len(made.image) - centre
     return words, extent.half(), boxes
 
 
 def _looks(item: Item) -> list[int]:
     return [names.index(name) for names, name in zip(WORDS, (item.form, item.colour, item.texture), strict=True)]
-
-
-def _corners(mask: np.ndarray) -> list[float]:
-    rows, columns, side = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0)), len(mask)
-    return [columns[0] / side, rows[0] / side, (columns[-1] + 1) / side, (rows[-1] + 1) / side]
-
-
-def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
 
 
 def cell_head(model) -> nn.Sequential:
@@ -279,15 +271,12 @@ def cell_losses(said: Tensor, words: Tensor, extent: Tensor, boxes: Tensor) -> d
     return {"loss": loss + 4 * told["extent"] + 4 * told["box"]} | told
 
 
-class _CellObjective(Objective):
+class _CellObjective(StageObjective):
     columns = ("loss", "form", "colour", "texture", "extent", "box")
 
     def __init__(self, model, head: nn.Module, settings: Stage) -> None:
-        super().__init__(nn.ModuleDict({"trunk": model.detector_model.vision_encoder.backbone, "head": head}))
-        self.settings, self.clip_norm = settings, settings.clip_norm
-
-    def rate(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
+        parts = {"trunk": model.detector_model.vision_encoder.backbone, "head": head}
+        super().__init__(nn.ModuleDict(parts), settings)
 
     def image_ids(self, batch: tuple[Tensor, ...]) -> list[int]:
         return batch[0].tolist()
@@ -345,7 +334,7 @@ def teach_detector(
 
     def collate(samples: list[tuple]) -> tuple:
         asked, cells = zip(*samples, strict=True)
-        return plain.collate(list(asked)), _stacked(list(cells))
+        return plain.collate(list(asked)), stacked(list(cells))
 
     if frozen:
         model.detector_model.vision_encoder.backbone.requires_grad_(False)

@@ -8,10 +8,9 @@ turns each back. Teacher and student see the same pixels. What comes after stage
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -20,31 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evsam_lib.sam3.processor import pixels
+from evsam_lib.sam3.stages import Record, Stage, Stage1, fit_stage
 from evsam_lib.sam3.tokens import tokenize
 from evsam_lib.sam3.zoo import TEACHER
-from evsam_lib.training.batches import Batches
-from evsam_lib.training.loop import Objective, cosine, fit
-from evsam_lib.training.settings import Settings, option
+from evsam_lib.training.settings import option
 
 __all__ = [
-    "ImageStage", "Record", "Samples", "Stage", "Stage1", "TextStage", "adopt_heads", "distil_image", "distil_text",
-    "fit_stage", "image_loss", "teacher_maps", "text_cosine", "text_loss", "training_frame", "trunk_cosine",
-    "warm_cosine",
+    "ImageStage", "TextStage", "adopt_heads", "distil_image", "distil_text", "image_loss", "teacher_maps",
+    "text_cosine", "text_loss", "training_frame", "trunk_cosine",
 ]  # fmt: skip
 
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]  # mean, spread
 IMAGE_WAYS = ("", "loss", "frame", "loss,frame")
 OWN = ("vision_encoder.backbone.", "text_encoder.", "text_projection.")  # what students do not share with the teacher
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage(Settings):
-    """What both students share. `lr` is the highest learning rate."""
-
-    hflip: float = option(0.0, "images are not mirrored")
-    warmup_steps: int = option(0, "over which the learning rate rises; epochs in the official code: 5, of text 10")
-    lr_floor: float = option(0.0, "what the learning rate ends at, as a part of lr; 0.01 in the official code")
-    clip_norm: float = option(5.0, "largest norm of the gradient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +95,6 @@ def training_frame(image: np.ndarray, side: int, *, official: bool = False) -> t
     normal = ((resized - IMAGENET[0]) / IMAGENET[1])[0]
     centres = torch.arange(cells) * 14 + 7
     return F.pad(normal, (0, side - width, 0, side - height)), (centres < height)[:, None] & (centres < width)
-
-
-def warm_cosine(step: int, steps: int, *, warmup: int = 0, floor: float = 0.0) -> float:
-    """Factor of the learning rate: up to 1 over `warmup` steps, then by a cosine down towards `floor`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return floor + (1 - floor) * cosine(step - warmup, max(steps - warmup, 1))
 
 
 def image_loss(
@@ -287,92 +267,6 @@ def distil_text(
 
     objective = _TextObjective(detector, teacher.detector_model, length, settings)
     return fit_stage(objective, phrases, make, settings, out=out, resume=resume)
-
-
-@dataclass(frozen=True)
-class Record:
-    """An image or a phrase, and its place."""
-
-    image_id: int
-    value: Any
-
-
-class Samples(Protocol):
-    """What a stage learns from: a sequence, or anything else with a length that makes a sample when asked for it."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, place: int, /) -> Any: ...
-
-
-def fit_stage(
-    objective: "Stage1",
-    values: Samples,
-    make: Callable[[Record, torch.Generator], tuple[Tensor, ...]],
-    settings: Stage,
-    *,
-    out: str | Path,
-    resume: bool = False,
-) -> pd.DataFrame:
-    """Runs `training.loop.fit` over images, scenes or phrases that are at hand.
-
-    Args:
-        objective: what is trained, for what.
-        values: one a sample; made when asked for, if the sequence does so.
-        make: record and generator -> tensors, of equal shapes for all samples, the record's `image_id` first.
-        settings: how long, how fast.
-        out: folder of logs and checkpoints.
-        resume: go on from the last checkpoint in `out`.
-    """
-    records = _Records(values)
-    objective.settings = settings = settings.complete(model="", images=len(records))
-    record = {"stage": type(settings).__name__, "images": len(records)}
-    return fit(objective, Batches(records, make, _stacked), settings, out=out, record=record, resume=resume)
-
-
-@dataclass(frozen=True)
-class _Records:
-    """Values that may be made only when they are asked for."""
-
-    values: Samples
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, place: int) -> Record:
-        return Record(place, self.values[place])
-
-
-def _stacked(samples: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    return tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
-
-
-class Stage1(Objective[Any]):
-    """What trainings against a teacher share: batches that are tuples, places first, and the schedule.
-
-    A stage overrides `with_target`: the tensors of a batch, places left out -> what `forward` takes after the places.
-    """
-
-    settings: Any  # of the student's own kind
-    with_target: Callable[..., tuple[Tensor, ...]]  # what `make` gave, with the teacher's answer
-
-    def __init__(self, model: nn.Module, teacher: Any, settings: Stage) -> None:
-        super().__init__(model)
-        self.settings, self.clip_norm = settings, settings.clip_norm
-        self._teacher = (teacher,)  # in a tuple it is no part of this module
-
-    def rate(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, warmup=self.settings.warmup_steps, floor=self.settings.lr_floor)
-
-    def prepare(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        places, *rest = batch
-        with torch.no_grad():
-            found = places, *self.with_target(*(x.to(self.clock.device) for x in rest))
-        self.clock.mark("teacher")
-        return found
-
-    def image_ids(self, batch: tuple[Tensor, ...]) -> list[int]:
-        return batch[0].tolist()
 
 
 class _ImageObjective(Stage1):
